@@ -1,0 +1,83 @@
+"""Adapters as files, methods as plugins.
+
+>>> import adapterhub_lite as ah
+>>> c = 0.7 * ah.load("out/sql") + 0.3 * ah.load("out/french")    # doctest: +SKIP
+>>> c.truncate(rank=16).save("out/both")                          # doctest: +SKIP
+
+Names are imported when they are first used: importing the package does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .adapter import Adapter as Adapter
+    from .adapter import load as load
+    from .delta import Delta as Delta
+    from .delta import Dense as Dense
+    from .delta import LowRank as LowRank
+    from .delta import Outline as Outline
+    from .delta import Sparse as Sparse
+    from .errors import AdapterError as AdapterError
+    from .errors import ConfigError as ConfigError
+    from .errors import FileError as FileError
+    from .errors import NotMergeable as NotMergeable
+    from .errors import OutputExists as OutputExists
+    from .errors import PluginError as PluginError
+    from .errors import UnknownName as UnknownName
+    from .hookspecs import hookimpl as hookimpl
+    from .protocol import Method as Method
+    from .protocol import Params as Params
+    from .site import Site as Site
+
+_HOME = {
+    "Adapter": "adapter",
+    "load": "adapter",
+    "Delta": "delta",
+    "Dense": "delta",
+    "LowRank": "delta",
+    "Outline": "delta",
+    "Sparse": "delta",
+    "AdapterError": "errors",
+    "ConfigError": "errors",
+    "FileError": "errors",
+    "NotMergeable": "errors",
+    "OutputExists": "errors",
+    "PluginError": "errors",
+    "UnknownName": "errors",
+    "hookimpl": "hookspecs",
+    "Method": "protocol",
+    "Params": "protocol",
+    "Site": "site",
+}
+
+__all__ = ["__version__", "method", *_HOME]
+
+
+def method(name: str, **options: Any) -> Method:
+    """The method called `name`, from whatever plugin gives it, with these options.
+
+    >>> method("lora", rank=16, alpha=32).scaling
+    2.0
+    """
+    from .registry import registry
+
+    return registry().method(name)(**options)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if name[:1].isupper():  # a method's class, LoRA say, whatever plugin it comes from
+        from .registry import registry
+
+        for cls in registry().methods().values():
+            if cls.__name__ == name:
+                return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,169 @@
+"""An adapter as a value: `0.7 * a + 0.3 * b - c` is one too, and is computed when it is saved, site by site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import ITEMSIZE, dtype_name
+from .combine import Truncated, WeightedSum
+from .errors import ConfigError
+from .plan import Plan, plan, widest
+from .source import Held, stored
+
+if TYPE_CHECKING:
+    import torch
+
+    from .delta import Delta
+    from .protocol import Method, Params
+    from .save import RelativeError
+    from .site import Site
+    from .source import Source
+
+
+def load(ref: str | Path) -> Adapter:
+    """The adapter in the folder `ref`: headers are read and strictly validated, tensors when they are needed.
+
+    Raises `FileError` for a folder that is missing, broken, hostile or not understood.
+    """
+    return Adapter(((1.0, stored(ref)),))
+
+
+class Adapter:
+    """A weighted sum of adapters, Σ wᵢ ΔWᵢ; one that was loaded is the sum with one term.
+
+    `+`, `-`, `*` and `/` with numbers build sums without reading a tensor. Nothing is ever averaged factor by
+    factor: the sum is that of the deltas.
+    """
+
+    def __init__(self, terms: tuple[tuple[float, Source], ...]) -> None:
+        self._terms = terms
+
+    @classmethod
+    def of(cls, method: Method, sites: Mapping[str, Site], params: Mapping[str, Params]) -> Adapter:
+        """An adapter from tensors in memory, by site name."""
+        return cls(((1.0, Held(method, sites, params)),))
+
+    # Arithmetic -------------------------------------------------------------------------------------
+
+    def __add__(self, other: object) -> Adapter:
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        weights: dict[int, tuple[float, Source]] = {}
+        for w, source in (*self._terms, *other._terms):
+            weights[id(source)] = (weights.get(id(source), (0.0, source))[0] + w, source)
+        return Adapter(tuple(weights.values()))
+
+    def __mul__(self, weight: object) -> Adapter:
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool):
+            return NotImplemented
+        if not math.isfinite(weight):
+            raise ConfigError(f"an adapter times {weight} is none", fix="give a finite weight")
+        return Adapter(tuple((weight * w, source) for w, source in self._terms))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Adapter:
+        return self * -1
+
+    def __sub__(self, other: object) -> Adapter:
+        return self + -other if isinstance(other, Adapter) else NotImplemented
+
+    def __truediv__(self, number: object) -> Adapter:
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            return NotImplemented
+        if number == 0:
+            raise ConfigError("an adapter cannot be divided by zero")
+        return Adapter(tuple((w / number, source) for w, source in self._terms))
+
+    def __radd__(self, other: object) -> Adapter:
+        # So that sum([a, b, c]) works.
+        return self if other == 0 else NotImplemented
+
+    def truncate(
+        self,
+        rank: int | None = None,
+        *,
+        max_error: float | None = None,
+        budget: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Adapter:
+        """The nearest adapter of at most that `rank` at every site; or the smallest with at most that relative
+        `max_error` once stored; or the nearest within a `budget` of bytes, where the sites share it optimally.
+
+        `dtype` is the one it will be stored in, if another than the widest of the inputs': a budget depends on it.
+        """
+        if rank is max_error is budget is None:
+            raise ConfigError("a truncation needs a rank, a max_error or a budget")
+        return self.cut(
+            rank=rank, max_error=max_error, budget=budget, dtype=None if dtype is None else dtype_name(dtype)
+        )
+
+    def cut(
+        self, *, rank: int | None, max_error: float | None, budget: int | None, dtype: str | None
+    ) -> Adapter:
+        """As `truncate`, with the dtype spelled as in safetensors; itself if nothing is asked for."""
+        if rank is max_error is budget is None:
+            return self
+        itemsize = ITEMSIZE[dtype or widest(self._sum)]
+        cut = Truncated(self._sum, rank=rank, max_error=max_error, budget=budget, itemsize=itemsize)
+        return Adapter(((1.0, cut),))
+
+    # What it is -------------------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> Mapping[str, Any]:
+        """The adapted layers: name to kind and weight shape."""
+        return self._sum.sites
+
+    def delta(self, site: str) -> Delta:
+        """ΔW (out, in) at one site, computed now; float64 where anything was added up."""
+        return self._sum.piece(site).delta
+
+    @cached_property
+    def error(self) -> RelativeError:
+        """What saving would lose, by truncation and by rounding to the widest dtype of the inputs. Computes all."""
+        from .save import measure
+
+        return measure(self._sum)
+
+    @cached_property
+    def _sum(self) -> WeightedSum:
+        return WeightedSum(tuple((w, source) for w, source in self._terms if w != 0))
+
+    def __repr__(self) -> str:
+        names = (f"{w:g} * {next(iter(source.contents))}" for w, source in self._terms)
+        return f"<Adapter {' + '.join(names)}>"
+
+    # Writing ----------------------------------------------------------------------------------------
+
+    def plan(self, *, dtype: str | None = None, any_base: bool = False, keep: str | None = None) -> Plan:
+        """What `write` would write, from headers; ranks by error or budget need the numbers."""
+        return plan(self._sum, dtype=dtype, any_base=any_base, keep=keep)
+
+    def write(self, out: Path, **options: Any) -> tuple[Plan, RelativeError]:
+        """As `save`, with the dtype spelled as in safetensors and a `progress(done, total)`; what was written too."""
+        from .save import save
+
+        return save(self._sum, out, **options)
+
+    def save(
+        self,
+        out: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        force: bool = False,
+        any_base: bool = False,
+        keep: str | None = None,
+    ) -> RelativeError:
+        """Write it to the folder `out`, whole or not at all; returns the error of what was stored.
+
+        `dtype`: of the tensors, by default the widest of the inputs'. `force`: replace an adapter that is there.
+        `any_base`: do not ask that all name the same base model. `keep`: the adapter to take trained heads,
+        biases and token rows from where they differ, or "none".
+        """
+        spelled = None if dtype is None else dtype_name(dtype)
+        return self.write(Path(out), dtype=spelled, force=force, any_base=any_base, keep=keep)[1]

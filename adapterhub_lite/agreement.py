@@ -1,0 +1,118 @@
+"""What adapters must agree on before their sum means anything: the base, its layers, and whole values they carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePath
+from typing import Any
+
+from .checkpoint import TensorInfo
+from .errors import NotMergeable
+from .format import Contents, SiteContents
+
+CHUNK = 8 << 20  # bytes compared at once
+
+
+def common_sites(parts: Sequence[tuple[str, Mapping[str, SiteContents]]]) -> dict[str, SiteContents]:
+    """All sites of all parts, sorted; a site that two parts know must be the same layer to both."""
+    sites: dict[str, tuple[str, SiteContents]] = {}
+    for label, own in parts:
+        for name, part in own.items():
+            other, known = sites.setdefault(name, (label, part))
+            if (known.kind, known.weight_shape) != (part.kind, part.weight_shape):
+                raise NotMergeable(
+                    f"at {name!r} {other} adapts a {known.kind} of shape {list(known.weight_shape)} and "
+                    f"{label} a {part.kind} of shape {list(part.weight_shape)}",
+                    fix="merge adapters of one base model",
+                )
+    return {name: sites[name][1] for name in sorted(sites)}
+
+
+def common(
+    parts: Mapping[str, Contents], *, any_base: bool = False, keep: str | None = None
+) -> Contents:
+    """What the sum of `parts` inherits: base model, task, kept values and target suffixes; the sites are left empty.
+
+    `keep` names the part whose kept values (heads, biases, token rows) are taken where they differ; "none" drops
+    them all. Raises `NotMergeable` where the parts contradict each other.
+    """
+    first = next(iter(parts.values()))
+    base, revision = _base(parts, any_base)
+    tasks = {own.task for own in parts.values()}
+    suffixes = [own.targets for own in parts.values()]
+    kept, options = _kept(parts, keep)
+    return replace(
+        first,
+        sites={},
+        base=base,
+        revision=revision,
+        task=tasks.pop() if len(tasks) == 1 else None,
+        kept=kept,
+        kept_options=options,
+        targets=None if None in suffixes else tuple(sorted({t for own in suffixes for t in own or ()})),
+        transposed=any(own.transposed for own in parts.values()),
+        facts={},
+    )
+
+
+def _base(parts: Mapping[str, Contents], any_base: bool) -> tuple[str | None, str | None]:
+    named = {label: own for label, own in parts.items() if own.base}
+    if not named:
+        return None, None
+    label, first = next(iter(named.items()))
+    for other, own in named.items():
+        # A copy on somebody's disk has another path and, as a rule, the same last name.
+        if not any_base and PurePath(str(own.base)).name.lower() != PurePath(str(first.base)).name.lower():
+            raise NotMergeable(
+                f"{label} adapts the base model {first.base!r} and {other} adapts {own.base!r}",
+                fix="pass --any-base (any_base=True) if they are the same model",
+            )
+    revisions = {own.revision for own in named.values()}
+    return first.base, revisions.pop() if len(revisions) == 1 else None
+
+
+def _kept(parts: Mapping[str, Contents], keep: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    if keep == "none":
+        return {}, {}
+    if keep is not None:
+        if keep not in parts:
+            raise NotMergeable(f"{keep!r} is not one of the adapters merged", fix=f"choose from {', '.join(parts)}")
+        return dict(parts[keep].kept), dict(parts[keep].kept_options)
+    label, first = next(iter(parts.items()))
+    for other, own in parts.items():
+        for key in sorted(first.kept.keys() | own.kept.keys()):
+            a, b = first.kept.get(key), own.kept.get(key)
+            if a is None or b is None:
+                why = f"only {label if b is None else other} has it"
+            elif not _equal(a, b):
+                why = f"{label} and {other} have different values"
+            else:
+                continue
+            raise NotMergeable(
+                f"{key!r} replaces a base value (a head, bias or token row), and {why}: such values have no sum",
+                fix=f"pass --keep {label} (or another of the adapters) to take all of them from it, or --keep none",
+            )
+        if first.kept and _plain(first.kept_options) != _plain(own.kept_options):
+            raise NotMergeable(
+                f"{label} and {other} keep base values under different options: "
+                f"{dict(first.kept_options)} and {dict(own.kept_options)}",
+                fix="pass --keep ADAPTER to take all of them from one",
+            )
+    return dict(first.kept), dict(first.kept_options) if first.kept else {}
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: sorted(value) if isinstance(value, list) else value for key, value in options.items()}
+
+
+def _equal(a: TensorInfo, b: TensorInfo) -> bool:
+    """Bit by bit, in bounded memory: a head can have a gigabyte."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    with open(a.path, "rb") as one, open(b.path, "rb") as two:
+        one.seek(a.start)
+        two.seek(b.start)
+        return all(
+            one.read(n) == two.read(n) for at in range(a.start, a.stop, CHUNK) if (n := min(CHUNK, a.stop - at))
+        )

@@ -1,0 +1,339 @@
+"""What can be computed with deltas: sum, inner product, norm, spectrum, optimal truncation, rounding.
+
+Every function is pure: it changes no argument and records no gradient. Whatever the
+dtype of the inputs, the arithmetic and the results are float64; only `total` may keep
+the inputs' dtype, and only where nothing was computed. A matrix (out, in) is written
+out only where a delta has no smaller form.
+
+For a low-rank delta s·BA, absolute errors below are in units of its size
+S = |s| Σᵢ ‖bᵢ‖ ‖aᵢ‖, summed over the columns of B and the rows of A. It equals the
+norm where nothing cancels, and nothing that starts from the factors can resolve less
+than about 1e-16 · S.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, TypeGuard
+
+import torch
+from torch import Tensor
+
+from adapterhub_lite.delta import Delta, Dense, LowRank, Sparse
+from adapterhub_lite.errors import ConfigError, NotMergeable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Below this share of S², the squared norm from Gram matrices has lost too many digits.
+_CANCELLED = 1e-4
+
+# Gathered rows and columns held at once by `inner(Sparse, LowRank)`: 32 MiB of float64.
+_GATHER = 1 << 22
+
+# How far from orthonormal one pass of CholeskyQR may end for the second to repair it fully.
+_NEARLY_ORTHONORMAL = 1e-2
+
+_ROWS = torch.contiguous_format
+
+
+@torch.no_grad()
+def total(deltas: Sequence[Delta]) -> Delta:
+    """The exact sum.
+
+    Low-rank deltas are summed by placing their factors side by side. If all have one
+    dtype and one scale, the sum keeps both, and the stored bits; otherwise it is float64
+    with the scales multiplied into B. Sparse deltas give a Sparse one, its index sorted.
+    Anything mixed, and low-rank deltas whose ranks add up to more than min(out, in), is
+    written out.
+
+    >>> B, A = torch.ones(5, 1), torch.ones(1, 4)
+    >>> both = total([LowRank(B, A, 2.0), LowRank(B, A, -0.5)])
+    >>> both.shape, both.rank, both.dense().unique().tolist()
+    ((5, 4), 2, [1.5])
+    """
+    if not deltas:
+        raise ConfigError("a sum of no deltas has no shape", fix="give at least one")
+    shape = deltas[0].shape
+    for delta in deltas:
+        _same_shape(shape, delta.shape)
+    sparse = [delta for delta in deltas if isinstance(delta, Sparse)]
+    if len(sparse) == len(deltas):
+        return _sparse_total(sparse)
+    low = [delta for delta in deltas if isinstance(delta, LowRank)]
+    if len(low) == len(deltas) and sum(delta.rank for delta in low) <= min(shape[-2:]):
+        return _low_rank_total(low)
+    summed = _dense(deltas[0]).clone()
+    for delta in deltas[1:]:
+        if isinstance(delta, Sparse):
+            summed.view(-1).index_add_(0, delta.index, _f64(delta.values))
+        else:
+            summed += _dense(delta)
+    return Dense(summed)
+
+
+def _low_rank_total(deltas: list[LowRank]) -> LowRank:
+    parts = [delta for delta in deltas if delta.rank] or deltas[:1]
+    kinds = {(delta.B.dtype, delta.A.dtype, delta.scale) for delta in parts}
+    if len(kinds) == 1 and parts[0].B.dtype == parts[0].A.dtype:
+        return LowRank(
+            torch.cat([delta.B for delta in parts], -1),
+            torch.cat([delta.A for delta in parts], -2),
+            parts[0].scale,
+        )
+    return LowRank(
+        torch.cat([_scaled_B(delta) for delta in parts], -1),
+        torch.cat([_f64(delta.A) for delta in parts], -2),
+    )
+
+
+def _sparse_total(deltas: list[Sparse]) -> Sparse:
+    index, where = torch.cat([delta.index for delta in deltas]).unique(return_inverse=True)
+    values = torch.cat([_f64(delta.values) for delta in deltas])
+    summed = values.new_zeros(len(index)).index_add_(0, where, values)
+    return Sparse(index, summed, deltas[0].shape)
+
+
+@torch.no_grad()
+def low_rank(delta: Delta) -> LowRank:
+    """The same delta as a product of two factors, exactly.
+
+    A LowRank is returned as it is. Otherwise one factor is the matrix and the other the
+    identity, on the side that gives the lower rank.
+
+    >>> low_rank(Dense(torch.ones(3, 5))).rank
+    3
+    """
+    if isinstance(delta, LowRank):
+        return delta
+    W = _dense(delta)
+    rank = min(W.shape[-2:])
+    identity = torch.eye(rank, dtype=W.dtype, device=W.device).expand(*W.shape[:-2], rank, rank).contiguous()
+    return LowRank(identity, W) if W.shape[-2] == rank else LowRank(W, identity)
+
+
+@torch.no_grad()
+def inner(x: Delta, y: Delta) -> float:
+    """The Frobenius inner product ⟨X, Y⟩, over all batch entries.
+
+    From the factors where there are any: s_x s_y Σ (B_xᵀ B_y) ∘ (A_x A_yᵀ).
+    The error is about 1e-16 · S_x S_y.
+
+    >>> x = LowRank(torch.ones(5, 1), torch.ones(1, 4))
+    >>> inner(x, x.scaled(-0.5))
+    -10.0
+    """
+    _same_shape(x.shape, y.shape)
+    if isinstance(x, LowRank):
+        return _low_rank_inner(x, y)
+    if isinstance(y, LowRank):
+        return _low_rank_inner(y, x)
+    if isinstance(x, Sparse):
+        return _sparse_inner(x, y)
+    if isinstance(y, Sparse):
+        return _sparse_inner(y, x)
+    return _dot(_f64(x.W), _f64(y.W))
+
+
+def _low_rank_inner(x: LowRank, y: Delta) -> float:
+    B, A = _f64(x.B), _f64(x.A)
+    if isinstance(y, LowRank):
+        return x.scale * y.scale * _dot(B.mT @ _f64(y.B), A @ _f64(y.A).mT)
+    if isinstance(y, Dense):
+        return x.scale * _dot(B.mT @ _f64(y.W), A)
+    columns, step, result = y.shape[-1], max(1, _GATHER // max(1, x.rank)), 0.0
+    for index, values in zip(y.index.split(step), _f64(y.values).split(step), strict=True):
+        rows = B[torch.div(index, columns, rounding_mode="floor")]
+        result += _dot(rows * values[:, None], A.mT[index % columns])
+    return x.scale * result
+
+
+def _sparse_inner(x: Sparse, y: Sparse | Dense) -> float:
+    if isinstance(y, Dense):
+        return _dot(_f64(x.values), _f64(y.W.reshape(-1)[x.index]))
+    index, where = torch.cat([x.index, y.index]).unique(return_inverse=True)
+    at_x, at_y = where.tensor_split([len(x.index)])
+    zero = x.values.new_zeros(len(index), dtype=torch.float64)
+    return _dot(zero.index_add(0, at_x, _f64(x.values)), zero.index_add(0, at_y, _f64(y.values)))
+
+
+@torch.no_grad()
+def norm(x: Delta) -> float:
+    """The Frobenius norm, over all batch entries.
+
+    For factors it comes from two Gram matrices, and where those cancel, from the
+    triangles of two QR decompositions. The error is at most about 1e-14 · S, so the norm
+    of `a - a` is of that size and not of its square root.
+
+    >>> norm(LowRank(torch.ones(8, 1), torch.ones(1, 2), -0.5))
+    2.0
+    """
+    if isinstance(x, Sparse):
+        return _length(x.values)
+    if isinstance(x, Dense) or x.rank > min(x.shape[-2:]):
+        return _length(_dense(x))
+    B, A = _f64(x.B), _f64(x.A)
+    left, right = B.mT @ B, A @ A.mT
+    squared = _dot(left, right)
+    size = (left.diagonal(dim1=-2, dim2=-1) * right.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1)
+    if squared >= _CANCELLED * _dot(size, size):
+        return abs(x.scale) * math.sqrt(squared)
+    return _length(_core(x))
+
+
+@torch.no_grad()
+def spectrum(x: Delta) -> Tensor:
+    """The singular values, (*batch, min(r, out, in)), descending.
+
+    The error of each is about 1e-15 · S.
+
+    >>> spectrum(LowRank(torch.ones(8, 1), torch.ones(1, 2), -0.5)).tolist()
+    [2.0]
+    """
+    return torch.linalg.svdvals(_finite(_core(x) if _has_core(x) else _dense(x)))
+
+
+@torch.no_grad()
+def truncate(x: Delta, rank: int) -> tuple[LowRank, LowRank]:
+    """The best approximation of at most this rank, and the exact rest: (kept, dropped).
+
+    No matrix of that rank is nearer to `x` in the Frobenius norm (Eckart and Young). Both
+    parts have balanced factors, B = U√Σ and A = √Σ Vᵀ, and scale 1; of each column of U
+    the entry of largest magnitude is positive, so that the result depends on the matrix
+    and not on how it was factored. Batch entries are truncated one by one. If `x` has no
+    more than this rank, the rest has rank 0.
+
+    >>> kept, dropped = truncate(Dense(torch.diag(torch.tensor([3.0, 1.0, 2.0]))), 2)
+    >>> kept.rank, norm(kept) ** 2, norm(dropped)
+    (2, 13.0, 1.0)
+    """
+    if rank < 0:
+        raise ConfigError(f"rank is {rank}", fix="give 0 or more")
+    U, S, Vh = _svd(x)
+    root = torch.where(U.amax(-2) < -U.amin(-2), -S.sqrt(), S.sqrt()) if U.numel() else S.sqrt()
+    U *= root[..., None, :]
+    Vh *= root[..., :, None]
+    cut = min(rank, S.shape[-1])
+    # Copies, not views: two tensors of one storage cannot go into one file.
+    kept = LowRank(U[..., :, :cut].clone(memory_format=_ROWS), Vh[..., :cut, :].clone(memory_format=_ROWS))
+    return kept, LowRank(U[..., :, cut:].clone(memory_format=_ROWS), Vh[..., cut:, :].clone(memory_format=_ROWS))
+
+
+@torch.no_grad()
+def rounded(x: LowRank, dtype: torch.dtype) -> tuple[LowRank, LowRank]:
+    """`x` as it is stored in `dtype`, and what that changes: (stored, lost), lost = stored - x.
+
+    The scale is multiplied into B before the one rounding, so the stored scale is 1. With
+    s·B + ΔB and A + ΔA stored, the change is [ΔB, s·B] · [A + ΔA; ΔA]: small factors from
+    the start, where a difference of two products would cancel. A half that is zero is left
+    out.
+
+    >>> stored, lost = rounded(LowRank(torch.full((2, 1), 1 / 3), torch.ones(1, 3)), torch.bfloat16)
+    >>> stored.B.dtype, lost.rank
+    (torch.bfloat16, 1)
+    """
+    if not dtype.is_floating_point:
+        raise ConfigError(f"{dtype} cannot hold an adapter", fix="choose a floating-point type")
+    B, A = _scaled_B(x), _f64(x.A)
+    stored = LowRank(_round_once(B, dtype), _round_once(A, dtype))
+    B_new, A_new = _f64(stored.B), _f64(stored.A)
+    ΔB, ΔA = B_new - B, A_new - A
+    if not (ΔB.isfinite().all() and ΔA.isfinite().all()):
+        raise NotMergeable(f"the factors do not fit into {dtype}", fix="choose a wider type")
+    lost = [LowRank(ΔB, A_new), LowRank(B, ΔA)]
+    changed = [part for part, change in zip(lost, (ΔB, ΔA), strict=True) if change.any()]
+    if not changed:
+        return stored, LowRank(B[..., :0], A[..., :0, :])
+    return stored, _low_rank_total(changed)
+
+
+def _round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 to `dtype`, correctly rounded.
+
+    torch converts to types under 32 bits by way of float32 and so rounds twice. Rounding
+    to odd on the way there makes the second rounding the only one that counts.
+    """
+    single = x.to(torch.float32)
+    if dtype.itemsize >= 4:
+        return x.to(dtype)
+    bits = single.view(torch.int32)
+    even_and_inexact = (bits & 1 == 0) & (single != x)
+    outwards = torch.where(single.abs() < x.abs(), 1, -1)
+    return (bits + even_and_inexact * outwards).to(torch.int32).view(torch.float32).to(dtype)
+
+
+def _svd(x: Delta) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin singular value decomposition, without writing out a LowRank that is smaller."""
+    if not _has_core(x):
+        U, S, Vh = torch.linalg.svd(_finite(_dense(x)), full_matrices=False)
+        return U, S, Vh
+    QB, CB, RB = _qr(_f64(x.B))
+    QA, CA, RA = _qr(_f64(x.A).mT)
+    U, S, Vh = torch.linalg.svd(_finite(x.scale * (RB @ RA.mT)))
+    return QB @ (CB @ U), S, (Vh @ CA.mT) @ QA.mT
+
+
+def _has_core(x: Delta) -> TypeGuard[LowRank]:
+    """Whether the factors are a smaller form than the matrix."""
+    return isinstance(x, LowRank) and x.rank <= min(x.shape[-2:])
+
+
+def _core(x: LowRank) -> Tensor:
+    """An (r, r) matrix with the singular values of `x`."""
+    RB, RA = (torch.linalg.qr(M, mode="r").R for M in (_f64(x.B), _f64(x.A).mT))
+    return x.scale * (RB @ RA.mT)
+
+
+def _qr(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, C, R of a tall M = (Q C) R, where Q C has orthonormal columns and R is (r, r).
+
+    CholeskyQR2 (Yamamoto et al., https://doi.org/10.1553/etna_vol44s306) takes about half
+    the time of Householder's QR and is as accurate as long as the first pass comes near to
+    orthonormal, which is measured. Otherwise, and for dependent columns, Householder.
+    """
+    identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    first, failed = torch.linalg.cholesky_ex(M.mT @ M, upper=True)
+    if not failed.any():
+        Q = torch.linalg.solve_triangular(first, M, upper=True, left=False)
+        gram = Q.mT @ Q
+        if (gram - identity).square().sum((-2, -1)).sqrt().max() < _NEARLY_ORTHONORMAL:
+            second = torch.linalg.cholesky(gram, upper=True)
+            return Q, torch.linalg.solve_triangular(second, identity, upper=True), second @ first
+    Q, R = torch.linalg.qr(M)
+    return Q, identity, R
+
+
+def _f64(x: Tensor) -> Tensor:
+    return x.detach().to(torch.float64)
+
+
+def _scaled_B(x: LowRank) -> Tensor:
+    return _f64(x.B) * x.scale
+
+
+def _dense(x: Delta) -> Tensor:
+    """The matrix in float64; of a Dense that is float64 already, its own tensor."""
+    if isinstance(x, LowRank):
+        return _scaled_B(x) @ _f64(x.A)
+    if isinstance(x, Dense):
+        return _f64(x.W)
+    return Sparse(x.index, _f64(x.values), x.shape).dense()
+
+
+def _dot(x: Tensor, y: Tensor) -> float:
+    return float((x * y).sum().item())
+
+
+def _length(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64).item())
+
+
+def _finite(x: Tensor) -> Tensor:
+    if not x.isfinite().all():
+        raise NotMergeable("the delta has entries that are not finite", fix="check its tensors for NaN and inf")
+    return x
+
+
+def _same_shape(x: tuple[int, ...], y: tuple[int, ...]) -> None:
+    if tuple(x) != tuple(y):
+        raise NotMergeable(f"deltas of shapes {tuple(x)} and {tuple(y)}", fix="they are not of one site")

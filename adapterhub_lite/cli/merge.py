@@ -1,0 +1,197 @@
+"""`adapter merge`: adapters into one adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..adapter import Adapter, load
+from ..errors import nearest
+from .output import Size, print_json, progress, size, table
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+    from ..save import RelativeError
+
+NUMBERS = re.compile(r"[-+]?(\d+\.?\d*|\.\d+|inf|nan)(e[-+]?\d+)?(,[-+]?(\d+\.?\d*|\.\d+|inf|nan)(e[-+]?\d+)?)*,?", re.I)
+DTYPES = {
+    "float32": "F32", "fp32": "F32", "float64": "F64", "fp64": "F64",
+    "float16": "F16", "fp16": "F16", "bfloat16": "BF16", "bf16": "BF16",
+}  # fmt: skip
+WORST = 10  # modules shown unless --verbose
+
+
+class WithWeights(click.Command):
+    """Lets `--weights` take the numbers that follow it: `0.7 0.3`, `0.7,0.3`, `1 -0.5`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, gather_weights(args))
+
+
+def gather_weights(args: Sequence[str]) -> list[str]:
+    """The arguments with the numbers after `--weights` joined to it.
+
+    >>> gather_weights(["a", "b", "--weights", "1", "-0.5", "-o", "out"])
+    ['a', 'b', '--weights=1,-0.5', '-o', 'out']
+    """
+    rest, gathered = list(args), []
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*gathered, word, *rest]
+        if word in ("--weights", "-w"):
+            numbers = []
+            while rest and NUMBERS.fullmatch(rest[0]):
+                numbers.append(rest.pop(0).rstrip(","))
+            word = f"--weights={','.join(numbers)}" if numbers else word
+        gathered.append(word)
+    return gathered
+
+
+def parse_weights(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float] | None:
+    if value is None:
+        return None
+    try:
+        return [float(word) for word in re.split(r"[,\s]+", value.strip(", "))]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not numbers; write 0.7 0.3 or 0.7,0.3") from None
+
+
+def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is None:
+        return None
+    if value.lower() not in DTYPES:
+        raise click.BadParameter(f"{value!r} is not a dtype adapters are stored in; {nearest(value, DTYPES)}")
+    return DTYPES[value.lower()]
+
+
+@click.command(cls=WithWeights)
+@click.argument("refs", metavar="REF...", nargs=-1, required=True)
+@click.option(
+    "-w", "--weights", metavar="W...", callback=parse_weights, help="One number each: 0.7 0.3 or 0.7,0.3. Default 1/N."
+)
+@click.option("-o", "--out", metavar="OUT", required=False, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--rank", type=click.IntRange(min=1), help="Truncate to this rank at every site, optimally.")
+@click.option(
+    "--max-error",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Truncate to the smallest adapter with at most this relative error, rounding included.",
+)
+@click.option("--budget", type=Size(), help="Truncate to the nearest adapter of at most this size, say 80MB.")
+@click.option("--dtype", callback=parse_dtype, help="float32, float16, bfloat16 or float64. Default: the widest input's.")
+@click.option("--keep", metavar="REF", help="Where they differ, take heads, biases and token rows from REF, or 'none'.")
+@click.option("--any-base", is_flag=True, help="Merge although the adapters name different base models.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written, from the headers, and stop.")
+@click.option("--force", is_flag=True, help="Replace the adapter at OUT.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-v", "--verbose", is_flag=True, help="Show every module.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+def merge(
+    refs: tuple[str, ...],
+    weights: list[float] | None,
+    out: Path | None,
+    rank: int | None,
+    max_error: float | None,
+    budget: int | None,
+    dtype: str | None,
+    keep: str | None,
+    any_base: bool,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Merge adapters into one: ΔW = Σ wᵢ ΔWᵢ, exactly.
+
+    Ranks, alphas, target modules and dtypes may differ. The result is a LoRA of the summed ranks, or with
+    --rank, --max-error or --budget the nearest one that is smaller; what was lost is printed and stored.
+
+    \b
+    adapter merge sql french --weights 0.7 0.3 -o both
+    adapter merge sql french --weights 1 -0.5 --rank 16 -o less-french
+    """
+    if out is None and not dry_run:
+        raise click.UsageError("no output: give -o OUT, or --dry-run to see the plan")
+    if sum(x is not None for x in (rank, max_error, budget)) > 1:
+        raise click.UsageError("--rank, --max-error and --budget exclude each other")
+    if weights is not None and len(weights) != len(refs):
+        raise click.UsageError(f"{len(weights)} weights for {len(refs)} adapters: give one for each")
+    if weights is None:
+        weights = [1 / len(refs)] * len(refs)
+        if not quiet and len(refs) > 1:
+            click.echo(f"weights: 1/{len(refs)} each (say --weights to choose)", err=True)
+    if keep is not None and keep not in (*refs, "none"):
+        raise click.UsageError(f"--keep {keep!r} is none of the adapters; {nearest(keep, refs)}")
+    terms = [w * load(ref) for w, ref in zip(weights, refs, strict=True)]
+    whole = sum(terms[1:], terms[0])
+    merged = whole.cut(rank=rank, max_error=max_error, budget=budget, dtype=dtype)
+    if dry_run:
+        planned = merged.plan(dtype=dtype, any_base=any_base, keep=keep)
+        if as_json:
+            print_json({"dry_run": True, **_report(planned, refs, weights)})
+        elif not quiet:
+            click.echo(_summary(planned, "would write", out))
+        return
+    assert out is not None
+    with progress("merging", quiet) as step:
+        planned, error = merged.write(
+            out, dtype=dtype, force=force, any_base=any_base, keep=keep, progress=step
+        )
+    if as_json:
+        print_json({"out": str(out), **_report(planned, refs, weights, error)})
+    elif not quiet:
+        click.echo(_summary(planned, "wrote", out))
+        click.echo(_errors(planned, error, verbose))
+
+
+def _report(
+    planned: Plan, refs: Sequence[str], weights: Sequence[float], error: RelativeError | None = None
+) -> dict[str, Any]:
+    shapes = {name: part.shape for name, part in planned.contents.sites.items()}
+    modules: dict[str, dict[str, Any]] = {
+        name: {"rank": planned.ranks[name], "shape": list(shape)} for name, shape in shapes.items()
+    }
+    report = {
+        "adapters": [{"ref": ref, "weight": w} for ref, w in zip(refs, weights, strict=True)],
+        "method": planned.contents.method.name,
+        "base_model": planned.contents.base,
+        "dtype": planned.dtype,
+        "bytes": planned.nbytes,
+        "kept": sorted(planned.contents.kept),
+        "modules": modules,
+    }
+    if error is not None:
+        report["error"] = error.overall
+        for name, own in error.modules.items():
+            modules.setdefault(name, {"rank": 0})["error"] = own
+    return report
+
+
+def _summary(planned: Plan, did: str, out: Path | None) -> str:
+    ranks = planned.ranks.values()
+    span = f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
+    lines = [
+        f"{did} {out or 'an adapter'}: {planned.contents.method.name}, {span}, {len(planned.ranks)} modules, "
+        f"{planned.dtype}, {size(planned.nbytes)}"
+    ]
+    if planned.contents.kept:
+        lines.append(f"kept as they are: {', '.join(sorted(planned.contents.kept))}")
+    return "\n".join(lines)
+
+
+def _errors(planned: Plan, error: RelativeError, verbose: bool) -> str:
+    lines = [f"relative error {error.overall:.3g} (Frobenius norm of ΔW, with the rounding to {planned.dtype})"]
+    worst = sorted(error.modules.items(), key=lambda item: (-item[1], item[0]))
+    if error.overall == 0:
+        return "exact: every stored factor has the input's bits" if not verbose else lines[0]
+    shown = sorted(worst) if verbose else worst[:WORST]
+    rows = [(name, str(planned.ranks.get(name, 0)), f"{own:.3g}") for name, own in shown]
+    lines.append(table(rows, ("module", "rank", "error"), right=(1, 2)))
+    if len(shown) < len(worst):
+        lines.append(f"… and {len(worst) - len(shown)} modules with smaller errors (-v shows all)")
+    return "\n".join(lines)

@@ -1,0 +1,79 @@
+"""Tables, sizes and progress for people; JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}
+UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+
+
+def table(rows: Sequence[Sequence[str]], head: Sequence[str], right: Sequence[int] = ()) -> str:
+    """Columns as wide as their widest cell; those numbered in `right` are right-aligned."""
+    lines = [head, *rows]
+    width = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, width, strict=True))).rstrip()
+        for line in lines
+    )
+
+
+def size(nbytes: int) -> str:
+    """Bytes as people read them: powers of ten, as disks and the Hub count."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.1f} {name}"
+    return f"{nbytes} bytes"
+
+
+class Size(click.ParamType[int]):
+    """80MB, 1.5GB, 512KiB, 1000000."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower()
+        number = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
+        unit = text[len(number) :].strip()
+        try:
+            nbytes = int(float(number) * UNITS[unit])
+        except (ValueError, KeyError, OverflowError):
+            self.fail(f"{value!r} is not a size; write 80MB or 512KiB", param, ctx)
+        if nbytes < 1:
+            self.fail(f"{value!r} is not a positive size", param, ctx)
+        return nbytes
+
+
+@contextmanager
+def progress(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal's stderr, for work that takes over a second."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    start, shown = time.monotonic(), False
+
+    def step(done: int, total: int) -> None:
+        nonlocal shown
+        if time.monotonic() - start > 1:
+            shown = True
+            filled = 30 * done // total
+            click.echo(f"\r{label} [{'#' * filled}{'-' * (30 - filled)}] {done}/{total}", err=True, nl=False)
+
+    try:
+        yield step
+    finally:
+        if shown:
+            click.echo("\r\033[K", err=True, nl=False)

@@ -1,0 +1,175 @@
+"""The exact weighted sum of adapters and its optimal truncation: what they are, and each site's share of them.
+
+Headers suffice to make and plan them; only `piece` computes, and only it imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import islice
+from typing import Any, TypeVar
+
+from .agreement import common_sites
+from .allocate import within_budget, within_error
+from .errors import ConfigError, NotMergeable
+from .format import Contents, SiteContents
+from .source import Extent, Piece, Source
+
+T = TypeVar("T")
+
+
+class WeightedSum:
+    """Σ wᵢ · sourceᵢ, exact; a source itself."""
+
+    def __init__(self, terms: Sequence[tuple[float, Source]]) -> None:
+        if not terms:
+            raise NotMergeable("nothing is left to sum: all weights are zero", fix="give a weight that is not zero")
+        for w, source in terms:
+            if not math.isfinite(w):
+                raise ConfigError(f"the weight {w} of {next(iter(source.contents))} is not a finite number")
+        self.terms = tuple(terms)
+
+    @cached_property
+    def contents(self) -> Mapping[str, Contents]:
+        return {name: own for _, source in self.terms for name, own in source.contents.items()}
+
+    @cached_property
+    def sites(self) -> Mapping[str, SiteContents]:
+        return common_sites([(next(iter(source.contents)), source.sites) for _, source in self.terms])
+
+    def _at(self, site: str) -> list[tuple[float, Source]]:
+        return [(w, source) for w, source in self.terms if site in source.sites]
+
+    def extent(self, site: str) -> Extent:
+        parts = [(w, source.extent(site)) for w, source in self._at(site)]
+        return Extent(
+            min(sum(part.rank for _, part in parts), *self.sites[site].shape),
+            frozenset(abs(w) * scale for w, part in parts for scale in part.scales),
+            any(part.bias for _, part in parts),
+        )
+
+    def piece(self, site: str) -> Piece:
+        import torch
+
+        from . import algebra
+
+        parts = [(w, source.piece(site)) for w, source in self._at(site)]
+        biases = [w * part.bias.double() for w, part in parts if part.bias is not None]  # (out,) each
+        return Piece(
+            algebra.total([part.delta.scaled(w) for w, part in parts]),
+            tuple(d.scaled(w) for w, part in parts for d in part.lost),
+            torch.stack(biases).sum(0) if biases else None,
+        )
+
+    def recipe(self) -> dict[str, Any]:
+        return {"rule": "sum", "terms": [{"weight": w, **source.recipe()} for w, source in self.terms]}
+
+
+class Truncated:
+    """The nearest adapter of lower rank (Eckart and Young 1936).
+
+    Exactly one of `rank` (at every site), `max_error` (relative, over all sites) and `budget` (bytes of tensors,
+    `itemsize` a number) is given; the latter two choose the ranks of all sites together, optimally.
+    """
+
+    def __init__(
+        self,
+        of: WeightedSum,
+        *,
+        rank: int | None = None,
+        max_error: float | None = None,
+        budget: int | None = None,
+        itemsize: int = 4,
+    ) -> None:
+        if sum(x is not None for x in (rank, max_error, budget)) != 1:
+            raise ConfigError("a truncation needs one of rank, max_error and budget")
+        if rank is not None and rank < 1:
+            raise ConfigError(f"rank {rank} is not positive", fix="give a rank >= 1")
+        if max_error is not None and not 0 < max_error < 1:
+            raise ConfigError(f"max_error {max_error} is not between 0 and 1", fix="give a relative error, say 0.01")
+        if budget is not None and budget < 1:
+            raise ConfigError(f"budget {budget} bytes is not positive")
+        self.of, self.rank, self.max_error, self.budget, self.itemsize = of, rank, max_error, budget, itemsize
+        self.promised, self.tightenings = max_error or 0.0, 0  # `max_error` is to hold after rounding too
+
+    @property
+    def contents(self) -> Mapping[str, Contents]:
+        return self.of.contents
+
+    @property
+    def sites(self) -> Mapping[str, SiteContents]:
+        return self.of.sites
+
+    @cached_property
+    def _spectra(self) -> dict[str, list[float]]:
+        from . import algebra
+
+        return dict(each(self.sites, lambda name: algebra.spectrum(self.of.piece(name).delta).tolist()))
+
+    @cached_property
+    def ranks(self) -> Mapping[str, int]:
+        """The rank kept at each site; 0 where a budget leaves nothing."""
+        if self.rank is not None:
+            return {name: min(self.rank, self.of.extent(name).rank) for name in self.sites}
+        cost = {name: self.itemsize * sum(part.shape) for name, part in self.sites.items()}
+        if self.max_error is not None:
+            return within_error(self._spectra, cost, self.max_error)
+        assert self.budget is not None
+        ranks = within_budget(self._spectra, cost, self.budget)
+        if not any(ranks.values()):
+            raise ConfigError(f"{self.budget} bytes hold no rank at all", fix=f"allow at least {min(cost.values())}")
+        return ranks
+
+    def tightened(self, max_error: float) -> Truncated:
+        """The same promise kept with a smaller cut; the spectra are not computed again."""
+        tighter = Truncated(self.of, max_error=max_error, itemsize=self.itemsize)
+        tighter.__dict__["_spectra"] = self._spectra
+        tighter.promised, tighter.tightenings = self.promised, self.tightenings + 1
+        return tighter
+
+    @property
+    def cut_error(self) -> float:
+        """The relative error of the truncation alone."""
+        total = math.fsum(s * s for spectrum in self._spectra.values() for s in spectrum)
+        cut = math.fsum(s * s for name, spectrum in self._spectra.items() for s in spectrum[self.ranks[name] :])
+        return math.sqrt(cut / total) if total else 0.0
+
+    def extent(self, site: str) -> Extent:
+        return Extent(self.ranks[site], frozenset({1.0}), self.of.extent(site).bias)
+
+    def piece(self, site: str) -> Piece:
+        from . import algebra
+
+        whole = self.of.piece(site)
+        kept, dropped = algebra.truncate(whole.delta, self.ranks[site])
+        return Piece(kept, (*whole.lost, dropped.scaled(-1.0)), whole.bias)
+
+    def recipe(self) -> dict[str, Any]:
+        how = {"rank": self.rank, "max_error": self.promised or None, "budget": self.budget}
+        return {"rule": "truncate", **{k: v for k, v in how.items() if v is not None}, "of": self.of.recipe()}
+
+
+def each(names: Mapping[str, Any], job: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+    """`job` for every name, in order, on as many threads as torch would use; few results wait at a time.
+
+    Each job is many small products, so cores are better spent on jobs than inside of them.
+    """
+    import torch
+
+    workers = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        todo = iter(names)
+        waiting = [(name, pool.submit(job, name)) for name in islice(todo, 2 * workers)]
+        try:
+            while waiting:
+                name, future = waiting.pop(0)
+                result = future.result()
+                waiting += [(n, pool.submit(job, n)) for n in islice(todo, 1)]
+                yield name, result
+        finally:
+            for _, future in waiting:
+                future.cancel()
+            torch.set_num_threads(workers)  # what the workers set is the process's default for new threads

@@ -1,0 +1,70 @@
+"""What went wrong, where, and what to do about it.
+
+Every error the library raises on purpose is an `AdapterError`. Its text is one
+line, whatever a stranger's file put into a name, so the command can print it as
+it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AdapterError(Exception):
+    """Base of all deliberate errors: `what` happened, `where`, and the `fix`.
+
+    >>> print(AdapterError("rank is 0", where="a/adapter_config.json", fix="write r >= 1"))
+    a/adapter_config.json: rank is 0; write r >= 1
+    """
+
+    def __init__(self, what: str, *, where: object = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = printable(what), printable(str(where)), printable(fix)
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        super().__init__(f"{text}; {self.fix}" if self.fix else text)
+
+
+class FileError(AdapterError):
+    """A file is missing, broken, hostile, or not what it says it is."""
+
+
+class ConfigError(AdapterError):
+    """An option has a wrong name, type or value, or two options contradict."""
+
+
+class UnknownName(AdapterError):
+    """A name that nothing answers to; the text carries the nearest known one."""
+
+
+class PluginError(AdapterError):
+    """A plugin is broken, or two plugins claim one name."""
+
+
+class NotMergeable(AdapterError):
+    """No result would be right: the parts are not a sum of weight changes, or contradict each other."""
+
+
+class OutputExists(AdapterError):
+    """The output is already there, and nobody said to replace it."""
+
+
+def printable(text: str) -> str:
+    """`text` on one line: control characters are shown, not sent to the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to suggest for a misspelt `name`: the near ones, else all that are known (at most eight).
+
+    >>> nearest("lroa", ["lora", "vera"])
+    "did you mean 'lora'?"
+    >>> nearest("x", ["lora", "vera"])
+    'known: lora, vera'
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    if near:
+        return "did you mean " + " or ".join(repr(n) for n in near) + "?"
+    if not names:
+        return "none is known"
+    return "known: " + ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,0 +1,101 @@
+"""What a folder format is: it reads a folder into `Contents`, headers only, and writes one from a stream.
+
+Formats are plugins; `adapterhub_lite_plugins.formats.peft` is the one we write by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .protocol import Method
+
+
+class Shaped(Protocol):
+    """A tensor's description: read from a header, or planned."""
+
+    @property
+    def dtype(self) -> str: ...  # as safetensors spells it: "F32", "BF16", …
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that is yet to be computed."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SiteContents:
+    """One site's part of an adapter: what layer it is, and the method's tensors by name."""
+
+    kind: str
+    weight_shape: tuple[int, ...]  # as the layer stores it
+    shape: tuple[int, int]  # its matrix form (out, in)
+    tensors: Mapping[str, Any]  # TensorInfo when read, Planned when to be written
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything in an adapter folder but the numbers."""
+
+    method: Method
+    sites: Mapping[str, SiteContents]
+    base: str | None = None
+    """Name of the base model."""
+    revision: str | None = None
+    """Its revision."""
+    task: str | None = None
+    """PEFT's task type."""
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    """Whole values that replace the base's (trained heads, biases, token rows), by key in the file."""
+    kept_options: Mapping[str, Any] = field(default_factory=dict)
+    """The config entries that those belong to."""
+    targets: tuple[str, ...] | None = None
+    """Suffixes that select exactly `sites` in the base model; None if only full names do."""
+    transposed: bool = False
+    """PEFT's `fan_in_fan_out`."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What we stored about the adapter ourselves: recipe, input hashes, error."""
+
+
+class Writer(Protocol):
+    """Takes an adapter's tensors in any order, from any thread."""
+
+    def write(self, site: str, name: str, tensor: Tensor) -> None: ...
+    def keep(self, key: str, tensor: Tensor) -> None: ...
+    def finish(self, facts: Mapping[str, Any]) -> None: ...
+
+
+class Format(Protocol):
+    """A dialect of adapter folders."""
+
+    name: str
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether the folder claims to be of this format (it may still be broken)."""
+
+    def read(self, folder: Path, methods: Callable[[str | None], Any]) -> Contents:
+        """The folder's contents, strictly validated, no tensor read.
+
+        `methods(name)` gives one method class, `methods(None)` all of them.
+        """
+
+    def files(self, folder: Path) -> list[Path]:
+        """The files that make up the adapter."""
+
+    def writer(self, folder: Path, contents: Contents, *, room: int) -> AbstractContextManager[Writer]:
+        """Writes an adapter into an empty folder; `room` bytes are set aside for the facts."""

@@ -1,0 +1,83 @@
+"""Strict options: a frozen dataclass whose values are what its annotations say.
+
+No coercion: `rank="8"` is an error and not eight. Supported annotations are bool, int,
+float (finite; an int will do), str, None, Literal, unions, `tuple[X, ...]` and
+`Mapping[str, X]`: what JSON can carry there and back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union
+
+from .errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+def validate(options: Any, *, owner: str) -> None:
+    """Raise `ConfigError` if a field of the dataclass `options` has a value of the wrong type."""
+    hints = typing.get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if not _fits(value, hints[field.name]):
+            raise ConfigError(
+                f"{field.name}={value!r} is not {_describe(hints[field.name])}", where=owner, fix=f"change {field.name}"
+            )
+
+
+def build(cls: type[T], values: Mapping[str, Any], *, owner: str) -> T:
+    """An instance of the dataclass `cls` from plain `values`; unknown names are errors.
+
+    JSON has no tuples: a list is taken where a tuple is meant.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # T is a dataclass
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r}", where=owner, fix=nearest(name, known))
+    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def plain(options: Any) -> dict[str, Any]:
+    """The fields of `options` as JSON can carry them; `build` gives the instance back."""
+    return {f.name: _plain(getattr(options, f.name)) for f in dataclasses.fields(options)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return any(value == arg and type(value) is type(arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+    if origin is not None and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(isinstance(k, str) and _fits(v, args[1]) for k, v in value.items())
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return value is None if hint is type(None) else isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(arg) for arg in args)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(arg) for arg in args)
+    if origin is tuple:
+        return f"a list of {_describe(args[0])}"
+    if origin is not None and issubclass(origin, Mapping):
+        return f"a table of names to {_describe(args[1])}"
+    return {float: "a finite number", int: "an integer", str: "a string", bool: "true or false"}.get(hint, str(hint))

@@ -1,0 +1,110 @@
+"""What a sum of adapters will be when it is written: sites, ranks, dtype and bytes, from headers, without torch.
+
+Ranks that are chosen by an error or a budget need the numbers; then torch is imported after all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from .agreement import common
+from .checkpoint import ITEMSIZE, TensorInfo
+from .combine import WeightedSum
+from .errors import ConfigError, NotMergeable
+from .format import Contents, Planned, SiteContents
+from .protocol import Method
+from .registry import registry
+from .source import Held, Source, Stored
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An adapter to be written."""
+
+    contents: Contents
+    ranks: Mapping[str, int]
+    scale: float
+    """The scaling at every site."""
+    dtype: str
+    """Of the adapter's tensors, as safetensors spells it."""
+    verbatim: Stored | Held | None
+    """The one adapter whose own tensors are written as they are."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors."""
+        planned = [t for part in self.contents.sites.values() for t in part.tensors.values()]
+        return sum(math.prod(t.shape) * ITEMSIZE[t.dtype] for t in (*planned, *self.contents.kept.values()))
+
+
+def plan(
+    source: WeightedSum, *, dtype: str | None = None, any_base: bool = False, keep: str | None = None
+) -> Plan:
+    """How `source` would be written. Raises `NotMergeable` where its parts contradict each other."""
+    shared = common(source.contents, any_base=any_base, keep=keep)
+    extents = {name: source.extent(name) for name in source.sites}
+    ranks = {name: extent.rank for name, extent in extents.items() if extent.rank > 0}
+    whole = _verbatim(source)
+    if whole is not None and (dtype is None or {t.dtype for t in _numbers(whole.own)} == {dtype}):
+        own = replace(shared, sites=whole.own.sites, method=whole.own.method)
+        return Plan(own, ranks, 1.0, dtype or widest(source), whole)
+    dtype = dtype or widest(source)
+    if not ranks:
+        raise NotMergeable("nothing is left: every site has rank 0")
+    scale = common_scale([s for extent in extents.values() for s in extent.scales], ranks.values())
+    bias = any(extent.bias for extent in extents.values())
+    method = carrier().carry(ranks, scale=scale, bias=bias)
+    sites = {}
+    for name in ranks:
+        part = source.sites[name]
+        shapes = method.at(name).tensor_shapes(part.kind, part.shape, part.weight_shape[2:])
+        sites[name] = SiteContents(
+            part.kind, part.weight_shape, part.shape, {key: Planned(dtype, s) for key, s in shapes.items()}
+        )
+    targets = shared.targets if len(ranks) == len(extents) else None
+    return Plan(replace(shared, method=method, sites=sites, targets=targets), ranks, scale, dtype, None)
+
+
+def widest(source: Source) -> str:
+    """The dtype that holds every input's numbers; float32 where one is none of fp64, fp32, fp16 and bf16."""
+    names = {t.dtype for own in source.contents.values() for t in _numbers(own)}
+    if "F64" in names:
+        return "F64"
+    return names.pop() if len(names) == 1 and names <= {"F16", "BF16"} else "F32"
+
+
+def common_scale(scales: Collection[float], ranks: Collection[int]) -> float:
+    """One scaling α/r for all sites that leaves every factor's bits alone, if there is one; else 1.
+
+    If the parts' scales differ by powers of two only, so do the factors, and nothing is rounded. α stays an
+    integer, as many readers expect.
+
+    >>> common_scale([3.0, 1.5], [8, 16]), common_scale([1.4, 0.6], [8]), common_scale([0.125], [8])
+    (3.0, 1.0, 0.125)
+    """
+    top = max(scales)
+    alike = top > 0 and all(s == 0 or math.frexp(s)[0] == math.frexp(top)[0] for s in scales)
+    return top if alike and all(float(top * rank).is_integer() for rank in ranks) else 1.0
+
+
+def carrier() -> type[Method]:
+    """The method that can hold any low-rank delta."""
+    carriers = [cls for cls in registry().methods().values() if cls.carries_low_rank]
+    if not carriers:
+        raise ConfigError("no installed method can hold a low-rank delta", fix="enable the bundled plugins")
+    return carriers[0]
+
+
+def _verbatim(source: WeightedSum) -> Stored | Held | None:
+    weight, only = source.terms[0]
+    if len(source.terms) > 1 or weight != 1.0 or not isinstance(only, (Stored, Held)):
+        return None
+    method = only.own.method
+    known = {name for names in method.peft_keys().values() for name in names}
+    return only if all(part.tensors.keys() <= known for part in only.sites.values()) else None
+
+
+def _numbers(own: Contents) -> list[TensorInfo | Planned]:
+    return [t for part in own.sites.values() for t in part.tensors.values()]

@@ -1,0 +1,182 @@
+"""What a plugin author writes: a `Method`, its options and its rules.
+
+The instance *is* the config: frozen, comparable, strictly validated, JSON-able. The rules
+are pure functions of the tensors at one site; whoever calls them owns the state. Like
+`delta`, this file does not import torch; a plugin file need not either, outside the rules
+that make tensors, and then `adapter methods` and `adapter info` stay fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from . import options
+from .delta import Outline
+from .errors import ConfigError, NotMergeable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from typing_extensions import Self
+
+    from .delta import Delta, LowRank
+    from .site import Site
+
+
+class Params(Mapping[str, "Tensor"]):
+    """The tensors of one adapter at one site, by the names its method gave them in `init`."""
+
+    __slots__ = ("_tensors",)
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"Params({', '.join(f'{k}: {tuple(v.shape)}' for k, v in self.items())})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """An adapter method. A low-rank one needs `init` and `delta`; the rest follows.
+
+    Subclasses are frozen dataclasses themselves; their fields are the method's options.
+    """
+
+    name: ClassVar[str]
+    """How people call it: the name of the plugin's entry point."""
+    paper: ClassVar[str]
+    """URL of the paper the rules are taken from."""
+    site_kinds: ClassVar[frozenset[str]]
+    """The kinds of layer it adapts."""
+    reads_weight: ClassVar[bool] = False
+    """Whether a rule looks at the base weight: such an adapter cannot be merged from files alone."""
+    carries_low_rank: ClassVar[bool] = False
+    """Whether `carry` and `factors` can hold any low-rank delta: what results of arithmetic are saved as."""
+    peft_type: ClassVar[str | None] = None
+    """PEFT's name for the method in `adapter_config.json`, if PEFT has it."""
+
+    def __post_init__(self) -> None:
+        options.validate(self, owner=f"method {self.name!r}")
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ConfigError` for options that contradict each other or are out of bounds."""
+
+    @property
+    def identity_at_init(self) -> bool:
+        """Whether a fresh adapter leaves the base's output unchanged."""
+        return True
+
+    def at(self, site: str) -> Self:
+        """The options as they hold at the site of that name, with patterns resolved. The rules see these."""
+        return self
+
+    # The rules ------------------------------------------------------------------------------------
+
+    def init(self, site: Site, rng: torch.Generator) -> Mapping[str, nn.Parameter | Tensor]:
+        """Fresh tensors for a site: a Parameter is trained, a Tensor is frozen; both are saved.
+
+        Draw from `rng` only: it is seeded by (seed, site name), so that the result depends on neither the
+        order of sites nor the global random state.
+        """
+        raise _missing(self, "init")
+
+    def delta(self, p: Params, site: Site) -> Delta:
+        """The weight change ΔW in matrix form (out, in), from the adapter's tensors alone."""
+        raise NotMergeable(f"method {self.name!r} is not a weight change that its tensors alone give")
+
+    def outline(self, shapes: Mapping[str, tuple[int, ...]]) -> Outline:
+        """Rank and scale that `delta` will have, and whether `delta_bias` gives one, from the tensors' shapes alone.
+
+        Plans are made from headers, without torch. The default says: not low rank, no bias.
+        """
+        return Outline()
+
+    def delta_bias(self, p: Params, site: Site) -> Tensor | None:
+        """The change of the bias (out,); None where the method leaves it alone."""
+        return None
+
+    def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """The adapted output, for the layer's input x and the base's output y."""
+        y = y + site.apply(self.delta(p, site), x).to(y.dtype)
+        b = self.delta_bias(p, site)  # (out,)
+        return y if b is None else y + site.along(b).to(y.dtype)
+
+    def merge(
+        self, p: Params, weight: Tensor, bias: Tensor | None, site: Site
+    ) -> tuple[Tensor, Tensor | None]:
+        """The weight (out, in) and bias (out,) of a plain layer that computes what `forward` does. Pure."""
+        weight = weight + self.delta(p, site).dense().to(weight.dtype)
+        b = self.delta_bias(p, site)  # (out,)
+        if b is None:
+            return weight, bias
+        return weight, b.to(weight.dtype) if bias is None else bias + b.to(bias.dtype)
+
+    def groups(self, params: Mapping[str, Sequence[nn.Parameter]], lr: float) -> list[dict[str, Any]]:
+        """Optimizer groups from all trained parameters, by name. Each must be in exactly one group."""
+        return [{"params": [p for ps in params.values() for p in ps], "lr": lr}]
+
+    # Carrying the results of arithmetic (for methods with `carries_low_rank`) ------------------------
+
+    @classmethod
+    def carry(cls, ranks: Mapping[str, int], *, scale: float, bias: bool) -> Self:
+        """The method whose adapter has, at each site, a delta `scale · B A` of that rank, and a bias if so."""
+        raise _missing(cls, "carry")
+
+    def tensor_shapes(
+        self, kind: str, shape: tuple[int, int], kernel: tuple[int, ...]
+    ) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the saved tensors at a site of that kind and matrix shape (out, in); () is no kernel."""
+        raise _missing(self, "tensor_shapes")
+
+    def factors(self, delta: LowRank, bias: Tensor | None) -> Mapping[str, Tensor]:
+        """The tensors that give this delta and bias change, as matrices; the scale is the one `carry` was told."""
+        raise _missing(self, "factors")
+
+    # On disk: PEFT's layout ------------------------------------------------------------------------
+
+    def peft_keys(self) -> Mapping[str, Mapping[str, str]]:
+        """Key suffixes in the file: by family of site kinds ("" for any other), our tensor name to PEFT's suffix.
+
+        A site has all tensors of its family; the options are those of the site.
+        """
+        raise _missing(self, "peft_keys")
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self | None:
+        """The method from PEFT's config, or None if another one of the same `peft_type` is meant.
+
+        Takes the entries it understands out of `config`; what is left and set is refused by the caller. Raise
+        `ConfigError` or `NotMergeable` where the entries mean something that `delta` does not compute.
+        """
+        return None
+
+    def to_peft(self) -> dict[str, Any]:
+        """The entries of `adapter_config.json` that are this method's."""
+        raise _missing(self, "to_peft")
+
+    def place(
+        self, family: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+        """The site kind, the weight's own shape and its matrix shape (out, in), from the saved tensors' shapes.
+
+        `family` is the one of `peft_keys` that the tensors' keys belong to; the options are those of the site.
+
+        Raise `ConfigError` if the shapes fit no site, or contradict the options.
+        """
+        raise _missing(self, "place")
+
+
+def _missing(who: Method | type[Method], rule: str) -> ConfigError:
+    return ConfigError(f"method {who.name!r} does not define {rule}()", fix="see the protocol in docs/protocol.md")

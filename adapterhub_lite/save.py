@@ -1,0 +1,171 @@
+"""Writing a sum of adapters as a folder, and measuring what is lost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import algebra
+from ._version import __version__
+from .checkpoint import torch_dtype
+from .combine import Truncated, WeightedSum, each
+from .delta import LowRank
+from .errors import ConfigError, NotMergeable
+from .format import Writer
+from .plan import Plan, plan
+from .protocol import Params
+from .registry import registry
+from .source import make_site, read
+from .staging import staged
+
+LONG_FLOAT = -1.2345678901234567e-100  # no float takes more room in JSON
+NOISE = 1e-14  # relative: below it float64 cannot tell a sum from zero
+
+
+@dataclass(frozen=True)
+class RelativeError:
+    """‖stored − exact‖ / ‖exact‖ in the Frobenius norm, overall and for each site.
+
+    Biases count as one more column of ΔW. The rounding to the stored dtype is included.
+    """
+
+    overall: float
+    modules: Mapping[str, float]
+
+    def __float__(self) -> float:
+        return self.overall
+
+
+def save(
+    source: WeightedSum,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    force: bool = False,
+    any_base: bool = False,
+    keep: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Plan, RelativeError]:
+    """Write `source` to the folder `out`, whole or not at all; what was stored, and its error.
+
+    Raises `OutputExists` without `force`, `NotMergeable` where the parts have no sum, `FileError` where a file is
+    broken. `dtype` is spelled as in safetensors.
+    """
+    own = registry().format("peft")
+    facts: dict[str, Any] = {"version": __version__, "recipe": source.recipe()}
+    longest = {"overall": LONG_FLOAT, "modules": dict.fromkeys(source.sites, LONG_FLOAT)}
+    room = len(json.dumps({**facts, "error": longest}))
+    while True:
+        planned = plan(source, dtype=dtype, any_base=any_base, keep=keep)
+        try:
+            with (
+                staged(out, force=force, replaceable=own.recognises) as folder,
+                own.writer(folder, planned.contents, room=room) as writer,
+            ):
+                error = _write(source, planned, writer, progress)
+                _hold(source, error)
+                facts["error"] = {"overall": error.overall, "modules": dict(error.modules)}
+                writer.finish(facts)
+                return planned, error
+        except _TooCoarse as coarse:
+            source = _tightened(source, coarse.error, planned.dtype)
+
+
+def measure(source: WeightedSum, *, dtype: str | None = None) -> RelativeError:
+    """The error that `save` would report, without writing; adapters need not share a base for it."""
+    return _write(source, plan(source, dtype=dtype, any_base=True, keep="none"), None, lambda done, total: None)
+
+
+class _TooCoarse(Exception):  # noqa: N818  # a signal to try again, not an error
+    def __init__(self, error: RelativeError) -> None:
+        self.error = error
+
+
+def _hold(source: WeightedSum, error: RelativeError) -> None:
+    """A promised `max_error` includes the rounding, which is known only now."""
+    cut = _cut(source)
+    if cut is not None and error.overall > cut.promised:
+        raise _TooCoarse(error)
+
+
+def _cut(source: WeightedSum) -> Truncated | None:
+    last = source.terms[0][1]
+    return last if len(source.terms) == 1 and isinstance(last, Truncated) and last.max_error else None
+
+
+def _tightened(source: WeightedSum, error: RelativeError, dtype: str) -> WeightedSum:
+    cut = _cut(source)
+    assert cut is not None
+    rounding = error.overall**2 - cut.cut_error**2
+    room = cut.promised**2 - 1.02 * rounding
+    if room <= 0 or cut.tightenings == 5 or cut.cut_error == 0:
+        raise ConfigError(
+            f"an error of at most {cut.promised:g} is below what rounding to {dtype} loses, "
+            f"{math.sqrt(max(rounding, 0)):.2g}",
+            fix="allow a larger error or a wider --dtype",
+        )
+    return WeightedSum([(source.terms[0][0], cut.tightened(min(math.sqrt(room), 0.98 * cut.cut_error)))])
+
+
+def _write(
+    source: WeightedSum, planned: Plan, writer: Writer | None, progress: Callable[[int, int], None]
+) -> RelativeError:
+    """Compute and write every site; with no writer, only measure."""
+    whole, total = planned.verbatim, len(source.sites)
+
+    def job(name: str) -> tuple[float, float]:
+        if whole is not None:
+            if writer is not None:
+                for key, tensor in whole.params(name).items():
+                    writer.write(name, key, tensor)
+            return 0.0, 1.0
+        return _one_site(source, planned, writer, name)
+
+    if writer is not None:
+        for key, info in planned.contents.kept.items():
+            writer.keep(key, read(info) if info.dtype.startswith(("F", "BF")) else info.read())
+    squares: dict[str, tuple[float, float]] = {}
+    for done, (name, result) in enumerate(each(source.sites, job), 1):
+        squares[name] = result
+        progress(done, total)
+    lost, size = (math.fsum(s[i] for s in squares.values()) for i in (0, 1))
+    return RelativeError(_ratio(lost, size), {name: _ratio(*s) for name, s in squares.items()})
+
+
+def _one_site(source: WeightedSum, planned: Plan, writer: Writer | None, name: str) -> tuple[float, float]:
+    """Round one site's delta to what is stored, and write it; ‖stored − exact‖² and ‖exact‖²."""
+    piece, c, dtype = source.piece(name), planned.scale, torch_dtype(planned.dtype)
+    stored, lost = algebra.rounded(algebra.low_rank(piece.delta).scaled(1 / c), dtype)
+    lost_square = algebra.norm(algebra.total([*piece.lost, lost.scaled(c)])) ** 2
+    size = algebra.norm(algebra.total([piece.delta, *(d.scaled(-1.0) for d in piece.lost)])) ** 2
+    if lost_square <= (NOISE * c * float(stored.B.double().norm() * stored.A.double().norm())) ** 2:
+        lost_square = 0.0
+    part = planned.contents.sites.get(name)
+    if part is None:  # rank 0: all of it is lost
+        return lost_square, size
+    site, method = make_site(name, part), planned.contents.method.at(name)
+    factors = method.factors(LowRank(stored.B, stored.A, c), piece.bias)
+    tensors = {key: factors[key].reshape(t.shape).to(dtype) for key, t in part.tensors.items()}
+    if piece.bias is not None:
+        kept = method.delta_bias(Params({key: t.double() for key, t in tensors.items()}), site)
+        lost_square += float((piece.bias - (0.0 if kept is None else kept)).norm()) ** 2
+        size += float(piece.bias.norm()) ** 2
+    if not math.isfinite(lost_square):
+        raise NotMergeable(
+            f"the result at {name!r} does not fit {planned.dtype}", fix="choose a wider --dtype (BF16 and F32 reach 3e38)"
+        )
+    if writer is not None:
+        for key, t in tensors.items():
+            writer.write(name, key, t)
+    return lost_square, size
+
+
+def _ratio(lost_square: float, square: float) -> float:
+    """To six digits: more would only tell one machine's libraries from another's."""
+    if lost_square == 0:
+        return 0.0
+    return float(f"{math.sqrt(lost_square / square):.6g}") if square > 0 else math.inf

@@ -1,0 +1,100 @@
+"""A site: one layer of a base model, and how a weight change is seen through it.
+
+A method states ΔW in matrix form (out, in) and knows no layer types; a site kind knows
+its layer and no methods. Kinds are plugins too: `linear`, `conv` and `embedding` beside
+this file come in through the hook `site_kinds`. Only they import torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ..errors import AdapterError, NotMergeable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..delta import Delta
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One adapted layer: built from a module (`of`), or from the shape of its weight alone."""
+
+    kind: ClassVar[str]
+
+    name: str  # the module's path in the base model
+    weight_shape: tuple[int, ...]  # as the layer stores it
+    module: nn.Module | None = None
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Whether this kind knows the forward of `module`.
+
+        Subclasses that compute something else (a scaled embedding, say) must be refused: compare
+        `type(module).forward`, not `isinstance`.
+        """
+        raise _missing(cls, "accepts")
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> Site:
+        """The site of a live module."""
+        weight: Tensor = module.get_parameter("weight")
+        return cls(name, tuple(weight.shape), module)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The matrix form of the weight: (out, in), with all that is summed over flattened into `in`."""
+        raise _missing(type(self), "shape")
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The kernel of a convolution; () for layers without one."""
+        return ()
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight in matrix form (out, in), detached."""
+        return self.unfold(self._live().get_parameter("weight").detach())
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias (out,), detached; None if the layer has none."""
+        bias = getattr(self._live(), "bias", None)
+        return None if bias is None else bias.detach()
+
+    def fold(self, matrix: Tensor) -> Tensor:
+        """Matrix form (out, in) back to the layer's own layout."""
+        raise _missing(type(self), "fold")
+
+    def unfold(self, weight: Tensor) -> Tensor:
+        """The layer's own layout to matrix form (out, in); the inverse of `fold`."""
+        raise _missing(type(self), "unfold")
+
+    def apply(self, delta: Delta, x: Tensor) -> Tensor:
+        """What ΔW adds to the layer's output for input x; a low-rank ΔW is never written out."""
+        raise _missing(type(self), "apply")
+
+    def project(self, rows: Tensor) -> Tensor:
+        """`rows` (n, in) times the transposed weight: (n, out). For methods that need W only so."""
+        return rows @ self.weight.to(rows.dtype).mT
+
+    def along(self, vector: Tensor) -> Tensor:
+        """A vector over the output channels (out,), shaped to broadcast against the layer's output."""
+        return vector.reshape(-1, *(1 for _ in self.kernel))
+
+    def scale_output(self, y: Tensor, l: Tensor) -> Tensor:  # noqa: E741  # ℓ, as IA3's paper writes it
+        """The output y with channel i multiplied by l[i]."""
+        return y * self.along(l)
+
+    def _live(self) -> nn.Module:
+        if self.module is None:
+            raise NotMergeable(
+                "the base weight is needed, and only its shape is known", where=self.name, fix="give the base model"
+            )
+        return self.module
+
+
+def _missing(kind: type, what: str) -> AdapterError:
+    return AdapterError(f"the site kind {kind.__name__} does not say its {what}", fix=f"define {kind.__name__}.{what}")

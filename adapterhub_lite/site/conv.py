@@ -1,0 +1,72 @@
+"""Convolutions: `torch.nn.Conv1d`, `Conv2d` and `Conv3d`, any stride, padding, dilation and groups."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from ..delta import Delta, LowRank
+from ..hookspecs import hookimpl
+from . import Site
+
+
+class ConvSite(Site):
+    """The weight is (out, in/groups, *kernel); the matrix form flattens all but `out`."""
+
+    module_class: type[nn.Conv1d | nn.Conv2d | nn.Conv3d]
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return type(module).forward is cls.module_class.forward
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight_shape[0], math.prod(self.weight_shape[1:])
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return self.weight_shape[2:]
+
+    def fold(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self.weight_shape)
+
+    def unfold(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def apply(self, delta: Delta, x: Tensor) -> Tensor:
+        conv = self._live()
+        assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        if not isinstance(delta, LowRank):
+            return self._convolve(conv, x, self.fold(delta.dense()))
+        # A is a bank of r kernels, seen by every group; B then mixes within its group (a 1×1 convolution).
+        r, g = delta.rank, conv.groups
+        A = delta.A.reshape(r, *self.weight_shape[1:]).repeat(g, *(1 for _ in self.weight_shape[1:]))  # (g·r, in/g, *k)
+        B = delta.B.reshape(*delta.B.shape, *(1 for _ in self.kernel))  # (out, r, 1, …)
+        hidden = self._convolve(conv, x, A)  # (batch, g·r, *size)
+        return delta.scale * _plain(conv)(hidden, B, groups=g)
+
+    def _convolve(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor) -> Tensor:
+        # The module's own convolution, so that its padding mode and stride are right; no bias.
+        return conv._conv_forward(x, weight, None)
+
+
+def _plain(conv: nn.Module):  # type: ignore[no-untyped-def]  # one of three overloads
+    return getattr(nn.functional, f"conv{conv.weight.ndim - 2}d")  # type: ignore[operator]
+
+
+class Conv1dSite(ConvSite):
+    kind, module_class = "conv1d", nn.Conv1d
+
+
+class Conv2dSite(ConvSite):
+    kind, module_class = "conv2d", nn.Conv2d
+
+
+class Conv3dSite(ConvSite):
+    kind, module_class = "conv3d", nn.Conv3d
+
+
+@hookimpl
+def site_kinds() -> list[type[Site]]:
+    return [Conv1dSite, Conv2dSite, Conv3dSite]

@@ -1,0 +1,66 @@
+"""Fully connected layers: `torch.nn.Linear`, and transformers' `Conv1D`, its transpose."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..delta import Delta, LowRank
+from ..hookspecs import hookimpl
+from . import Site
+
+
+class LinearSite(Site):
+    """`torch.nn.Linear`: the weight is the matrix form, (out, in)."""
+
+    kind = "linear"
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return type(module).forward is nn.Linear.forward
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out, into = self.weight_shape
+        return out, into
+
+    def fold(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def unfold(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def apply(self, delta: Delta, x: Tensor) -> Tensor:
+        if isinstance(delta, LowRank):
+            return delta.scale * F.linear(F.linear(x, delta.A), delta.B)  # (…, in) -> (…, r) -> (…, out)
+        return F.linear(x, delta.dense())
+
+
+class TransposedLinearSite(LinearSite):
+    """`transformers.pytorch_utils.Conv1D` (GPT-2): a linear layer that stores (in, out)."""
+
+    kind = "transposed_linear"
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        # The class can only be there if transformers was imported; we never import it.
+        transformers = sys.modules.get("transformers.pytorch_utils")
+        return transformers is not None and type(module).forward is transformers.Conv1D.forward
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        into, out = self.weight_shape
+        return out, into
+
+    def fold(self, matrix: Tensor) -> Tensor:
+        return matrix.mT
+
+    def unfold(self, weight: Tensor) -> Tensor:
+        return weight.mT
+
+
+@hookimpl
+def site_kinds() -> list[type[Site]]:
+    return [LinearSite, TransposedLinearSite]

@@ -1,0 +1,180 @@
+"""Where deltas come from: an adapter folder, read one site at a time, or tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from .checkpoint import TensorInfo, check_finite, sha256
+from .delta import Delta
+from .errors import AdapterError, FileError, nearest
+from .format import Contents, Format, Planned, SiteContents
+from .protocol import Params
+from .registry import registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .protocol import Method
+    from .site import Site
+
+
+class Piece(NamedTuple):
+    """What a source gives at one site."""
+
+    delta: Delta
+    lost: tuple[Delta, ...] = ()  # they sum to `delta` minus the exact value: what was cut off so far
+    bias: Tensor | None = None  # (out,)
+
+
+class Extent(NamedTuple):
+    """What is known of a `Piece` before any tensor is read."""
+
+    rank: int
+    scales: frozenset[float]  # |factor| that each of its low-rank parts is multiplied by
+    bias: bool
+
+
+class Source(Protocol):
+    """A term of a sum of adapters."""
+
+    @property
+    def contents(self) -> Mapping[str, Contents]:
+        """The adapters it is made of, by a name to call them in messages."""
+
+    @property
+    def sites(self) -> Mapping[str, SiteContents]:
+        """What layers it adapts; the tensors are described as far as they are known."""
+
+    def extent(self, site: str) -> Extent: ...
+
+    def piece(self, site: str) -> Piece: ...
+
+    def recipe(self) -> dict[str, Any]:
+        """How to make it again."""
+
+
+class Stored:
+    """An adapter folder. Its header is in memory; tensors are read when asked for and not kept."""
+
+    def __init__(self, folder: Path, name: str, contents: Contents, files: Iterable[Path]) -> None:
+        self.folder, self.name, self.own, self.files = folder, name, contents, tuple(files)
+
+    @property
+    def contents(self) -> Mapping[str, Contents]:
+        return {self.name: self.own}
+
+    @property
+    def sites(self) -> Mapping[str, SiteContents]:
+        return self.own.sites
+
+    def params(self, site: str) -> Params:
+        """The tensors at one site, from disk; `FileError` if one is not finite."""
+        return Params({name: read(info) for name, info in self.own.sites[site].tensors.items()})
+
+    def extent(self, site: str) -> Extent:
+        return _extent(self.own.method, site, self.own.sites[site])
+
+    def piece(self, site: str) -> Piece:
+        return _piece(self.own.method, self.params(site), make_site(site, self.own.sites[site]))
+
+    def recipe(self) -> dict[str, Any]:
+        return {"adapter": self.name, "sha256": {file.name: sha256(file) for file in self.files}}
+
+
+class Held:
+    """An adapter in memory: a method and its tensors at live sites."""
+
+    name = "the adapter in memory"
+
+    def __init__(
+        self, method: Method, sites: Mapping[str, Site], params: Mapping[str, Params], *, base: str | None = None
+    ) -> None:
+        from .checkpoint import dtype_name  # beside torch, which made the tensors
+
+        self._params, self._sites = params, sites
+        self.own = Contents(
+            method,
+            {
+                name: SiteContents(
+                    site.kind,
+                    site.weight_shape,
+                    site.shape,
+                    {key: Planned(dtype_name(t.dtype), tuple(t.shape)) for key, t in params[name].items()},
+                )
+                for name, site in sites.items()
+            },
+            base=base,
+            transposed=any(site.kind == "transposed_linear" for site in sites.values()),
+        )
+
+    @property
+    def contents(self) -> Mapping[str, Contents]:
+        return {self.name: self.own}
+
+    @property
+    def sites(self) -> Mapping[str, SiteContents]:
+        return self.own.sites
+
+    def params(self, site: str) -> Params:
+        return Params({name: t.detach() for name, t in self._params[site].items()})
+
+    def extent(self, site: str) -> Extent:
+        return _extent(self.own.method, site, self.own.sites[site])
+
+    def piece(self, site: str) -> Piece:
+        return _piece(self.own.method, self.params(site), self._sites[site])
+
+    def recipe(self) -> dict[str, Any]:
+        return {"adapter": None}
+
+
+def stored(ref: str | Path) -> Stored:
+    """The adapter in folder `ref`: headers only, strictly validated. Raises `FileError`."""
+    folder = Path(ref)
+    if not folder.is_dir():
+        near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        hint = f"; {nearest(folder.name, near)}" if near and not folder.exists() else ""
+        what = "is a file, not an adapter folder" if folder.exists() else "there is no such adapter folder"
+        raise FileError(what, where=ref, fix="give a folder with adapter_config.json" + hint)
+    formats = registry().formats()
+    own = _recognise(folder, formats)
+    found = registry()
+    contents = own.read(folder, lambda name: found.methods() if name is None else found.method(name))
+    return Stored(folder, str(ref), contents, own.files(folder))
+
+
+def _recognise(folder: Path, formats: Mapping[str, Format]) -> Format:
+    for own in formats.values():
+        if own.recognises(folder):
+            return own
+    raise FileError(
+        "is not an adapter folder", where=folder, fix=f"formats that are read: {', '.join(formats) or 'none'}"
+    )
+
+
+def read(info: TensorInfo) -> Tensor:
+    """One tensor from its file; `FileError` that names it if it has a NaN or an infinity."""
+    tensor = info.read()
+    check_finite(tensor, info)
+    return tensor
+
+
+def make_site(name: str, part: SiteContents) -> Site:
+    """The site from header shapes alone."""
+    kinds = registry().site_kinds()
+    if part.kind not in kinds:
+        raise AdapterError(f"no plugin knows the site kind {part.kind!r}", where=name, fix=nearest(part.kind, kinds))
+    return kinds[part.kind](name, part.weight_shape)
+
+
+def _piece(method: Method, p: Params, site: Site) -> Piece:
+    here = method.at(site.name)
+    return Piece(here.delta(p, site), (), here.delta_bias(p, site))
+
+
+def _extent(method: Method, name: str, part: SiteContents) -> Extent:
+    outline = method.at(name).outline(part.shapes)
+    rank = min(part.shape) if outline.rank is None else min(outline.rank, *part.shape)
+    return Extent(rank, frozenset({abs(outline.scale)}), outline.bias)

@@ -1,0 +1,380 @@
+"""PEFT's folder: `adapter_config.json` and `adapter_model.safetensors`, read strictly, written reproducibly.
+
+Where PEFT guesses, warns or ignores, reading refuses: what is not understood could change what
+the adapter computes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from adapterhub_lite import ConfigError, FileError, Method, NotMergeable, hookimpl
+from adapterhub_lite.checkpoint import Checkpoint, TensorInfo, TensorWriter
+from adapterhub_lite.errors import nearest
+from adapterhub_lite.format import Contents, Format, SiteContents, Writer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+OURS = "adapterhub_lite"  # our entry in the safetensors header, which PEFT ignores
+MAX_CONFIG = 16 << 20  # bytes
+
+# Entries that do not change what the saved tensors compute: which modules were chosen, and bookkeeping.
+INERT = frozenset(
+    "auto_mapping exclude_modules inference_mode layers_pattern layers_to_transform loftq_config megatron_core "
+    "peft_version runtime_config".split()
+)
+# Embeddings that PEFT saves beside the adapter although nobody trained them.
+EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+class PeftFormat:
+    """The layout of Hugging Face PEFT (https://github.com/huggingface/peft)."""
+
+    name = "peft"
+
+    def recognises(self, folder: Path) -> bool:
+        return (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file() or (folder / PICKLE).is_file()
+
+    def files(self, folder: Path) -> list[Path]:
+        return [folder / CONFIG, folder / WEIGHTS]
+
+    def read(self, folder: Path, methods: Callable[[str | None], Any]) -> Contents:
+        config = _read_config(folder / CONFIG)
+        if not (folder / WEIGHTS).is_file() and (folder / PICKLE).is_file():
+            raise FileError(
+                "a pickle can run code when it is read, so it is not",
+                where=folder / PICKLE,
+                fix="if you trust it, convert it in a process of its own: "
+                "python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', "
+                "weights_only=True), 'adapter_model.safetensors')\"",
+            )
+        checkpoint = Checkpoint.open(folder / WEIGHTS)
+        facts = _facts(checkpoint)
+        entries = _Entries(config, folder / CONFIG)
+        base, revision = entries.text("base_model_name_or_path"), entries.text("revision")
+        task = entries.text("task_type")
+        transposed = entries.flag("fan_in_fan_out")
+        targets = entries.targets()
+        kept_options = entries.kept()
+        method = entries.method(methods)
+        entries.refuse_leftovers()
+        sites, kept = _sort_tensors(checkpoint, method, kept_options, folder)
+        if targets is not None:
+            for site in sites:
+                if not any(_within(target, site) for target in targets):
+                    raise FileError(
+                        f"has an adapter at {site!r}, which target_modules does not name",
+                        where=folder / WEIGHTS,
+                        fix=f"correct target_modules in {CONFIG}",
+                    )
+        selective = any(config.get(key) for key in ("exclude_modules", "layers_to_transform"))
+        return Contents(
+            method=method,
+            sites=sites,
+            base=base,
+            revision=revision,
+            task=task,
+            kept=kept,
+            kept_options=kept_options,
+            targets=None if selective else targets,
+            transposed=transposed,
+            facts=facts,
+        )
+
+    @contextmanager
+    def writer(self, folder: Path, contents: Contents, *, room: int) -> Iterator[Writer]:
+        method = contents.method
+        if method.peft_type is None:
+            raise ConfigError(f"PEFT has no method like {method.name!r}, so its layout cannot hold it")
+        config = {
+            **method.to_peft(),
+            "peft_type": method.peft_type,
+            "task_type": contents.task,
+            # Somebody's local path tells a reader nothing, and strangers where it lay.
+            "base_model_name_or_path": contents.base and (
+                PurePath(contents.base).name if PurePath(contents.base).is_absolute() else contents.base
+            ),
+            "revision": contents.revision,
+            "inference_mode": True,
+            "fan_in_fan_out": contents.transposed,
+            "target_modules": sorted(contents.targets or contents.sites),
+            "bias": "none",
+            "modules_to_save": None,
+            **contents.kept_options,
+        }
+        keys = {
+            (site, name): f"{PREFIX}{site}.{method.at(site).peft_keys()[_family(method.at(site), part)][name]}"
+            for site, part in contents.sites.items()
+            for name in part.tensors
+        }
+        layout = {keys[site, name]: t for site, part in contents.sites.items() for name, t in part.tensors.items()}
+        layout.update(contents.kept)
+        described = {key: (t.dtype, t.shape) for key, t in layout.items()}
+        with TensorWriter(folder / WEIGHTS, described, metadata_room=room) as tensors:
+            yield _PeftWriter(tensors, keys, folder / CONFIG, config)
+
+
+class _PeftWriter:
+    def __init__(
+        self, tensors: TensorWriter, keys: Mapping[tuple[str, str], str], path: Path, config: Mapping[str, Any]
+    ) -> None:
+        self._tensors, self._keys, self._path, self._config = tensors, keys, path, config
+
+    def write(self, site: str, name: str, tensor: Tensor) -> None:
+        self._tensors.write(self._keys[site, name], tensor)
+
+    def keep(self, key: str, tensor: Tensor) -> None:
+        self._tensors.write(key, tensor)
+
+    def finish(self, facts: Mapping[str, Any]) -> None:
+        text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        self._tensors.finish({"format": "pt", OURS: text})
+        self._path.write_text(json.dumps(self._config, indent=2, sort_keys=True, allow_nan=False) + "\n", "utf-8")
+
+
+class _Entries:
+    """The entries of `adapter_config.json`, taken out one by one; what is left was not understood."""
+
+    def __init__(self, config: dict[str, Any], path: Path) -> None:
+        self.path = path
+        self.left = {key: value for key, value in config.items() if key not in INERT}
+        self._megatron = config.get("megatron_config")
+
+    def text(self, key: str) -> str | None:
+        value = self.left.pop(key, None)
+        if value is not None and not isinstance(value, str):
+            raise self._wrong(key, value, "a string")
+        return value or None
+
+    def flag(self, key: str) -> bool:
+        value = self.left.pop(key, False)
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def names(self, key: str) -> list[str]:
+        value = self.left.pop(key, None) or []
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise self._wrong(key, value, "a list of names")
+        return value
+
+    def targets(self) -> tuple[str, ...] | None:
+        """The suffixes that name the adapted modules; None if a regular expression does, which nobody runs."""
+        if isinstance(self.left.get("target_modules"), str):
+            self.left.pop("target_modules")
+            return None
+        return tuple(self.names("target_modules")) or None
+
+    def kept(self) -> dict[str, Any]:
+        kept: dict[str, Any] = {}
+        if modules := self.names("modules_to_save"):
+            kept["modules_to_save"] = modules
+        bias = self.left.pop("bias", "none")
+        if bias not in ("none", "all", "lora_only"):
+            raise self._wrong("bias", bias, "none, all or lora_only")
+        if bias != "none":
+            kept["bias"] = bias
+        if tokens := self.left.pop("trainable_token_indices", None):
+            kept["trainable_token_indices"] = tokens
+        return kept
+
+    def method(self, methods: Callable[[str | None], Any]) -> Method:
+        kind = self.left.pop("peft_type", None)
+        if not isinstance(kind, str):
+            raise self._wrong("peft_type", kind, "the name of a method")
+        try:
+            likely = [methods(kind.lower())]  # most are called as PEFT calls them: one plugin is loaded
+        except Exception:
+            likely = []
+        for candidates in (lambda: likely, lambda: methods(None).values()):
+            for cls in candidates():
+                if cls.peft_type == kind:
+                    try:
+                        found: Method | None = cls.from_peft(self.left)
+                    except NotMergeable as e:
+                        raise NotMergeable(e.what, where=self.path, fix=e.fix) from None
+                    except ConfigError as e:
+                        raise FileError(e.what, where=self.path, fix=e.fix) from None
+                    if found is not None:
+                        return found
+        known = sorted({cls.peft_type for cls in methods(None).values() if cls.peft_type})
+        if kind in known:
+            set_options = ", ".join(k for k, v in sorted(self.left.items()) if k.startswith("use_") and v)
+            raise FileError(
+                f"no installed method reads peft_type {kind!r} with {set_options}",
+                where=self.path,
+                fix="install a plugin that does (adapter methods shows what is there)",
+            )
+        raise FileError(f"no installed method reads peft_type {kind!r}", where=self.path, fix=nearest(kind, known))
+
+    def refuse_leftovers(self) -> None:
+        for key, value in sorted(self.left.items()):
+            if value not in (None, False, [], {}, "", 0):
+                raise FileError(
+                    f"{key}={value!r} is set, and what it changes is not known here",
+                    where=self.path,
+                    fix="remove the entry if the adapter does not depend on it",
+                )
+
+    def _wrong(self, key: str, value: Any, meant: str) -> FileError:
+        return FileError(f"{key} is {value!r} and not {meant}", where=self.path, fix=f"correct {key}")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            raise ValueError("a name stands twice")
+        return entries
+
+    def no_constants(name: str) -> float:
+        raise ValueError(f"{name} is not a number")
+
+    try:
+        if path.stat().st_size > MAX_CONFIG:
+            raise FileError(f"is larger than {MAX_CONFIG >> 20} MB", where=path, fix="a config has a few kB")
+        config = json.loads(
+            path.read_text("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constants
+        )
+    except FileNotFoundError:
+        raise FileError("is missing", where=path, fix="an adapter folder has it beside the weights") from None
+    except OSError as e:
+        raise FileError(f"cannot be read ({e.strerror})", where=path) from None
+    except RecursionError:
+        raise FileError("is nested too deeply", where=path, fix="restore the file") from None
+    except ValueError as e:
+        raise FileError(f"is not valid JSON ({e})", where=path, fix="restore the file") from None
+    if not isinstance(config, dict):
+        raise FileError("is not a JSON object", where=path, fix="restore the file")
+    return config
+
+
+def _facts(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    text = checkpoint.metadata.get(OURS)
+    if text is None:
+        return {}
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise FileError(f"the {OURS} entry of the header is not a JSON object", where=checkpoint.path)
+    return facts
+
+
+def _within(module: str, path: str) -> bool:
+    """PEFT's rule for a list of names: the whole name, or all of it behind a dot."""
+    return path == module or path.endswith("." + module)
+
+
+def _family(method: Method, part: SiteContents) -> str:
+    return part.kind if part.kind in method.peft_keys() else ""
+
+
+def _sort_tensors(
+    checkpoint: Checkpoint, method: Method, kept_options: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, SiteContents], dict[str, TensorInfo]]:
+    """Every tensor of the file belongs to one site's adapter or is kept; any other is refused."""
+    path = folder / WEIGHTS
+    # Suffixes as in the file, longest first, so that none hides a longer one.
+    suffixes = sorted(
+        ((suffix, family, name) for family, names in method.peft_keys().items() for name, suffix in names.items()),
+        key=lambda s: -len(s[0]),
+    )
+    found: dict[str, tuple[str, dict[str, TensorInfo]]] = {}
+    kept: dict[str, TensorInfo] = {}
+    others: dict[str, TensorInfo] = {}
+    for key, tensor in checkpoint.tensors.items():
+        if not key.startswith(PREFIX):
+            raise FileError(
+                f"{key!r} does not begin with {PREFIX!r}",
+                where=path,
+                fix="rename the tensors: PEFT would load none of them and not say so",
+            )
+        inner = key.removeprefix(PREFIX)
+        match = next(((f, n, inner[: -len(s) - 1]) for s, f, n in suffixes if inner.endswith("." + s)), None)
+        if match:
+            family, name, site = match
+            known, tensors = found.setdefault(site, (family, {}))
+            if known != family or name in tensors:
+                raise FileError(f"{key!r} is one adapter too many at {site!r}", where=path, fix="restore the file")
+            if not tensor.dtype.startswith(("F", "BF")):
+                raise FileError(f"{key!r} holds {tensor.dtype}, not floating point numbers", where=path)
+            tensors[name] = tensor
+        else:
+            others[key] = tensor
+    embeddings = {site for site, (family, _) in found.items() if family == "embedding"}
+    for key, tensor in others.items():
+        inner = key.removeprefix(PREFIX)
+        if not _is_kept(inner, kept_options, embeddings):
+            raise _unexpected(key, inner, method, path)
+        kept[key] = tensor
+    sites = {}
+    for site, (family, tensors) in sorted(found.items()):
+        here = method.at(site)
+        missing = sorted(here.peft_keys()[family].keys() - tensors.keys())
+        if missing:
+            lacking = f"{PREFIX}{site}.{here.peft_keys()[family][missing[0]]}"
+            raise FileError(f"{lacking!r} is missing", where=path, fix="restore the file")
+        try:
+            place = here.place(family, {name: t.shape for name, t in tensors.items()})
+        except NotMergeable as e:
+            raise NotMergeable(f"at {site!r} {e.what}", where=path, fix=e.fix) from None
+        except ConfigError as e:
+            raise FileError(f"at {site!r} {e.what}", where=path, fix=e.fix or "restore the file") from None
+        sites[site] = SiteContents(*place, dict(sorted(tensors.items())))
+    if not sites:
+        raise FileError(f"holds no tensor of method {method.name!r}", where=path, fix="restore the file")
+    for option, mark in (("modules_to_save", ""), ("trainable_token_indices", "token_adapter")):
+        if option in kept_options and not any(mark in key for key in kept):
+            raise FileError(
+                f"{option} is {kept_options[option]!r}, and no such tensor is in the file",
+                where=path,
+                fix=f"restore the file, or remove {option} from {CONFIG}",
+            )
+    return sites, kept
+
+
+def _is_kept(key: str, options: Mapping[str, Any], embeddings: Collection[str]) -> bool:
+    """Whether PEFT saves `key` as a whole value beside the adapter."""
+    module, _, parameter = key.rpartition(".")
+    if any(f".{m}." in f".{key}" for m in options.get("modules_to_save", ())):
+        return True
+    if parameter == "bias" and "bias" in options:
+        return True
+    if key.endswith(".token_adapter.trainable_tokens_delta"):
+        return "trainable_token_indices" in options
+    module = module.removesuffix(".base_layer")
+    return parameter == "weight" and (module in embeddings or any(_within(e, module) for e in EMBEDDINGS))
+
+
+def _unexpected(key: str, inner: str, method: Method, path: Path) -> FileError:
+    parts = inner.split(".")
+    for names in method.peft_keys().values():
+        for suffix in names.values():
+            head, *tail = suffix.split(".")
+            if head in parts and parts[parts.index(head) + 2 :] == tail:
+                name = parts[parts.index(head) + 1 : parts.index(head) + 2]
+                if name and name != tail[:1]:
+                    return FileError(
+                        f"{key!r} has the adapter's name {name[0]!r} in it",
+                        where=path,
+                        fix=f"rename it to {PREFIX}{'.'.join([*parts[: parts.index(head)], suffix])!r}",
+                    )
+    return FileError(
+        f"{key!r} is no tensor of method {method.name!r} and nothing the config mentions",
+        where=path,
+        fix="restore the file, or correct the config",
+    )
+
+
+@hookimpl
+def formats() -> list[Format]:
+    return [PeftFormat()]
