@@ -91,10 +91,11 @@ class Adapter:
         budget: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> Adapter:
-        """The nearest adapter of at most that `rank` at every site; or the smallest with at most that relative
-        `max_error` once stored; or the nearest within a `budget` of bytes, where the sites share it optimally.
+        """The nearest adapter that is smaller: by rank, by error or by size.
 
-        `dtype` is the one it will be stored in, if another than the widest of the inputs': a budget depends on it.
+        With `rank`, of at most that rank at every site. With `max_error`, the smallest whose relative error is at
+        most that once stored, rounding included. With `budget`, the nearest whose tensors take at most that many
+        bytes in `dtype` (default: the widest of the inputs'); the sites share the budget optimally.
         """
         if rank is max_error is budget is None:
             raise ConfigError("a truncation needs a rank, a max_error or a budget")
@@ -102,9 +103,7 @@ class Adapter:
             rank=rank, max_error=max_error, budget=budget, dtype=None if dtype is None else dtype_name(dtype)
         )
 
-    def cut(
-        self, *, rank: int | None, max_error: float | None, budget: int | None, dtype: str | None
-    ) -> Adapter:
+    def cut(self, *, rank: int | None, max_error: float | None, budget: int | None, dtype: str | None) -> Adapter:
         """As `truncate`, with the dtype spelled as in safetensors; itself if nothing is asked for."""
         if rank is max_error is budget is None:
             return self

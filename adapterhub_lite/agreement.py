@@ -11,6 +11,7 @@ from .checkpoint import TensorInfo
 from .errors import NotMergeable
 from .format import Contents, SiteContents
 
+ANY_BASE = "pass --any-base (any_base=True) if they are the same model"
 CHUNK = 8 << 20  # bytes compared at once
 
 
@@ -29,9 +30,7 @@ def common_sites(parts: Sequence[tuple[str, Mapping[str, SiteContents]]]) -> dic
     return {name: sites[name][1] for name in sorted(sites)}
 
 
-def common(
-    parts: Mapping[str, Contents], *, any_base: bool = False, keep: str | None = None
-) -> Contents:
+def common(parts: Mapping[str, Contents], *, any_base: bool = False, keep: str | None = None) -> Contents:
     """What the sum of `parts` inherits: base model, task, kept values and target suffixes; the sites are left empty.
 
     `keep` names the part whose kept values (heads, biases, token rows) are taken where they differ; "none" drops
@@ -47,6 +46,7 @@ def common(
         sites={},
         base=base,
         revision=revision,
+        base_class=None,
         task=tasks.pop() if len(tasks) == 1 else None,
         kept=kept,
         kept_options=options,
@@ -57,6 +57,10 @@ def common(
 
 
 def _base(parts: Mapping[str, Contents], any_base: bool) -> tuple[str | None, str | None]:
+    classes = {own.base_class: label for label, own in parts.items() if own.base_class}
+    if len(classes) > 1 and not any_base:
+        (one, a), (two, b), *_ = classes.items()
+        raise NotMergeable(f"{a} adapts a {one} and {b} a {two}", fix=ANY_BASE)
     named = {label: own for label, own in parts.items() if own.base}
     if not named:
         return None, None
@@ -66,7 +70,7 @@ def _base(parts: Mapping[str, Contents], any_base: bool) -> tuple[str | None, st
         if not any_base and PurePath(str(own.base)).name.lower() != PurePath(str(first.base)).name.lower():
             raise NotMergeable(
                 f"{label} adapts the base model {first.base!r} and {other} adapts {own.base!r}",
-                fix="pass --any-base (any_base=True) if they are the same model",
+                fix=ANY_BASE,
             )
     revisions = {own.revision for own in named.values()}
     return first.base, revisions.pop() if len(revisions) == 1 else None
@@ -113,6 +117,4 @@ def _equal(a: TensorInfo, b: TensorInfo) -> bool:
     with open(a.path, "rb") as one, open(b.path, "rb") as two:
         one.seek(a.start)
         two.seek(b.start)
-        return all(
-            one.read(n) == two.read(n) for at in range(a.start, a.stop, CHUNK) if (n := min(CHUNK, a.stop - at))
-        )
+        return all(one.read(n) == two.read(n) for at in range(a.start, a.stop, CHUNK) if (n := min(CHUNK, a.stop - at)))

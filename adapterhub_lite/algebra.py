@@ -31,8 +31,8 @@ _CANCELLED = 1e-4
 # Gathered rows and columns held at once by `inner(Sparse, LowRank)`: 32 MiB of float64.
 _GATHER = 1 << 22
 
-# How far from orthonormal one pass of CholeskyQR may end for the second to repair it fully.
-_NEARLY_ORTHONORMAL = 1e-2
+# How far the columns of a factor may be from orthogonal for the passes of `_qr`.
+_ONE_PASS, _TWO_PASSES = 32.0, 1e6
 
 _ROWS = torch.contiguous_format
 
@@ -82,13 +82,13 @@ def _low_rank_total(deltas: list[LowRank]) -> LowRank:
             parts[0].scale,
         )
     return LowRank(
-        torch.cat([_scaled_B(delta) for delta in parts], -1),
+        torch.cat([_scaled_b(delta) for delta in parts], -1),
         torch.cat([_f64(delta.A) for delta in parts], -2),
     )
 
 
 def _sparse_total(deltas: list[Sparse]) -> Sparse:
-    index, where = torch.cat([delta.index for delta in deltas]).unique(return_inverse=True)
+    index, where = _positions([delta.index for delta in deltas])
     values = torch.cat([_f64(delta.values) for delta in deltas])
     summed = values.new_zeros(len(index)).index_add_(0, where, values)
     return Sparse(index, summed, deltas[0].shape)
@@ -142,7 +142,8 @@ def _low_rank_inner(x: LowRank, y: Delta) -> float:
     if isinstance(y, Dense):
         return x.scale * _dot(B.mT @ _f64(y.W), A)
     columns, step, result = y.shape[-1], max(1, _GATHER // max(1, x.rank)), 0.0
-    for index, values in zip(y.index.split(step), _f64(y.values).split(step), strict=True):
+    for start in range(0, len(y.index), step):
+        index, values = y.index[start : start + step], _f64(y.values[start : start + step])
         rows = B[torch.div(index, columns, rounding_mode="floor")]
         result += _dot(rows * values[:, None], A.mT[index % columns])
     return x.scale * result
@@ -151,10 +152,16 @@ def _low_rank_inner(x: LowRank, y: Delta) -> float:
 def _sparse_inner(x: Sparse, y: Sparse | Dense) -> float:
     if isinstance(y, Dense):
         return _dot(_f64(x.values), _f64(y.W.reshape(-1)[x.index]))
-    index, where = torch.cat([x.index, y.index]).unique(return_inverse=True)
+    index, where = _positions([x.index, y.index])
     at_x, at_y = where.tensor_split([len(x.index)])
     zero = x.values.new_zeros(len(index), dtype=torch.float64)
     return _dot(zero.index_add(0, at_x, _f64(x.values)), zero.index_add(0, at_y, _f64(y.values)))
+
+
+def _positions(indices: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The positions that occur, sorted, and for each of the given ones where it is there."""
+    index, where = torch.unique(torch.cat(indices), return_inverse=True)
+    return index, where
 
 
 @torch.no_grad()
@@ -190,7 +197,8 @@ def spectrum(x: Delta) -> Tensor:
     >>> spectrum(LowRank(torch.ones(8, 1), torch.ones(1, 2), -0.5)).tolist()
     [2.0]
     """
-    return torch.linalg.svdvals(_finite(_core(x) if _has_core(x) else _dense(x)))
+    values: Tensor = torch.linalg.svdvals(_finite(_core(x) if _has_core(x) else _dense(x)))
+    return values
 
 
 @torch.no_grad()
@@ -234,32 +242,30 @@ def rounded(x: LowRank, dtype: torch.dtype) -> tuple[LowRank, LowRank]:
     """
     if not dtype.is_floating_point:
         raise ConfigError(f"{dtype} cannot hold an adapter", fix="choose a floating-point type")
-    B, A = _scaled_B(x), _f64(x.A)
+    B, A = _scaled_b(x), _f64(x.A)
     stored = LowRank(_round_once(B, dtype), _round_once(A, dtype))
     B_new, A_new = _f64(stored.B), _f64(stored.A)
     ΔB, ΔA = B_new - B, A_new - A
-    if not (ΔB.isfinite().all() and ΔA.isfinite().all()):
+    largest = [_largest(ΔB), _largest(ΔA)]
+    if not all(map(math.isfinite, largest)):
         raise NotMergeable(f"the factors do not fit into {dtype}", fix="choose a wider type")
-    lost = [LowRank(ΔB, A_new), LowRank(B, ΔA)]
-    changed = [part for part, change in zip(lost, (ΔB, ΔA), strict=True) if change.any()]
-    if not changed:
-        return stored, LowRank(B[..., :0], A[..., :0, :])
-    return stored, _low_rank_total(changed)
+    halves = [LowRank(ΔB, A_new), LowRank(B, ΔA)]
+    lost = [half for half, change in zip(halves, largest, strict=True) if change]
+    return stored, _low_rank_total(lost or [LowRank(B[..., :0], A[..., :0, :])])
 
 
 def _round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 to `dtype`, correctly rounded.
+    """float64 to `dtype`, correctly rounded (but for bfloat16's subnormals, below 1e-38).
 
-    torch converts to types under 32 bits by way of float32 and so rounds twice. Rounding
-    to odd on the way there makes the second rounding the only one that counts.
+    torch reaches types of under 32 bits by way of float32, and so rounds twice. Here the
+    29 bits that float32 lacks are first rounded to odd: the lowest bit kept says whether
+    any of them was set, float32 holds the result exactly, and one rounding is left.
     """
-    single = x.to(torch.float32)
     if dtype.itemsize >= 4:
         return x.to(dtype)
-    bits = single.view(torch.int32)
-    even_and_inexact = (bits & 1 == 0) & (single != x)
-    outwards = torch.where(single.abs() < x.abs(), 1, -1)
-    return (bits + even_and_inexact * outwards).to(torch.int32).view(torch.float32).to(dtype)
+    bits, lacking = x.view(torch.int64), (1 << 29) - 1
+    odd = (bits & lacking).add_(lacking).bitwise_or_(bits).bitwise_and_(~lacking)
+    return odd.view(torch.float64).to(dtype)
 
 
 def _svd(x: Delta) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,24 +287,32 @@ def _has_core(x: Delta) -> TypeGuard[LowRank]:
 def _core(x: LowRank) -> Tensor:
     """An (r, r) matrix with the singular values of `x`."""
     RB, RA = (torch.linalg.qr(M, mode="r").R for M in (_f64(x.B), _f64(x.A).mT))
-    return x.scale * (RB @ RA.mT)
+    core: Tensor = x.scale * (RB @ RA.mT)
+    return core
 
 
 def _qr(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Q, C, R of a tall M = (Q C) R, where Q C has orthonormal columns and R is (r, r).
 
-    CholeskyQR2 (Yamamoto et al., https://doi.org/10.1553/etna_vol44s306) takes about half
-    the time of Householder's QR and is as accurate as long as the first pass comes near to
-    orthonormal, which is measured. Otherwise, and for dependent columns, Householder.
+    Householder's QR is the slowest step of a truncation, so it is left to columns that are
+    nearly dependent. For the others R is the Cholesky factor of MᵀM. `growth` says how far
+    the columns are from orthogonal, and with it how far rounding gets: M R⁻¹ is orthonormal
+    to about 1e-16 · growth². Small growth is good enough, for an error there changes how
+    well a truncation approximates only by its square, and never what the parts add up to.
+    Otherwise a second pass starts from M R⁻¹: CholeskyQR2, analysed by Yamamoto et al. in
+    ETNA 44 (2015), pages 306 to 326.
     """
+    gram = M.mT @ M
     identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-    first, failed = torch.linalg.cholesky_ex(M.mT @ M, upper=True)
-    if not failed.any():
-        Q = torch.linalg.solve_triangular(first, M, upper=True, left=False)
-        gram = Q.mT @ Q
-        if (gram - identity).square().sum((-2, -1)).sqrt().max() < _NEARLY_ORTHONORMAL:
-            second = torch.linalg.cholesky(gram, upper=True)
-            return Q, torch.linalg.solve_triangular(second, identity, upper=True), second @ first
+    first, failed = torch.linalg.cholesky_ex(gram, upper=True)
+    inverse = torch.linalg.solve_triangular(first, identity, upper=True)
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    growth = math.inf if failed.any() else _largest((lengths[..., None] * inverse.abs()).sum(-2))
+    if growth < _ONE_PASS:
+        return M, inverse, first
+    if growth < _TWO_PASSES:
+        Q, C, R = _qr(torch.linalg.solve_triangular(first, M, upper=True, left=False))
+        return Q, C, R @ first
     Q, R = torch.linalg.qr(M)
     return Q, identity, R
 
@@ -307,14 +321,14 @@ def _f64(x: Tensor) -> Tensor:
     return x.detach().to(torch.float64)
 
 
-def _scaled_B(x: LowRank) -> Tensor:
+def _scaled_b(x: LowRank) -> Tensor:
     return _f64(x.B) * x.scale
 
 
 def _dense(x: Delta) -> Tensor:
     """The matrix in float64; of a Dense that is float64 already, its own tensor."""
     if isinstance(x, LowRank):
-        return _scaled_B(x) @ _f64(x.A)
+        return _scaled_b(x) @ _f64(x.A)
     if isinstance(x, Dense):
         return _f64(x.W)
     return Sparse(x.index, _f64(x.values), x.shape).dense()
@@ -328,8 +342,13 @@ def _length(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64).item())
 
 
+def _largest(x: Tensor) -> float:
+    """The largest magnitude; NaN if there is one. Cheaper than isfinite().all()."""
+    return float(x.abs().amax().item()) if x.numel() else 0.0
+
+
 def _finite(x: Tensor) -> Tensor:
-    if not x.isfinite().all():
+    if not math.isfinite(_largest(x)):
         raise NotMergeable("the delta has entries that are not finite", fix="check its tensors for NaN and inf")
     return x
 

@@ -303,9 +303,7 @@ def _nbytes(dtype: object, shape: object) -> int:
     return math.prod(shape) * ITEMSIZE[dtype]
 
 
-def _checked_places(
-    tensors: Mapping[str, TensorInfo], start: int, stop: int, path: Path
-) -> dict[str, TensorInfo]:
+def _checked_places(tensors: Mapping[str, TensorInfo], start: int, stop: int, path: Path) -> dict[str, TensorInfo]:
     """`tensors` in the order of their bytes, which must be all the bytes and each once."""
     at = start
     in_order = sorted(tensors.values(), key=lambda info: (info.start, info.stop))
@@ -356,9 +354,7 @@ def _not_safetensors(head: bytes, size: int, path: Path) -> FileError:
             fix="convert it with 'adapter convert --allow-pickle', if you trust where it comes from",
         )
     if head.startswith(b"version https://git-lfs"):
-        return FileError(
-            "this is a git-lfs pointer, not the file itself", where=path, fix="run 'git lfs pull'"
-        )
+        return FileError("this is a git-lfs pointer, not the file itself", where=path, fix="run 'git lfs pull'")
     if size < 8:
         return _refusal(f"truncated: the file has {size} bytes", path)
     return _refusal("this is not a safetensors file: no JSON object after the first 8 bytes", path)
@@ -458,9 +454,7 @@ class TensorWriter:
             for info in planned
         ]
         self._data = at = 8 + len(self._header({}, room=metadata_room))
-        self._tensors = {
-            info.name: replace(info, start=at + info.start, stop=at + info.stop) for info in planned
-        }
+        self._tensors = {info.name: replace(info, start=at + info.start, stop=at + info.stop) for info in planned}
         self._waiting = set(self._tensors)  # nobody writes them yet
         self._written = 0
         self._writing = 0  # calls of write() that use the file now

@@ -13,7 +13,6 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from .agreement import common_sites
-from .allocate import within_budget, within_error
 from .errors import ConfigError, NotMergeable
 from .format import Contents, SiteContents
 from .source import Extent, Piece, Source
@@ -115,6 +114,8 @@ class Truncated:
         if self.rank is not None:
             return {name: min(self.rank, self.of.extent(name).rank) for name in self.sites}
         cost = {name: self.itemsize * sum(part.shape) for name, part in self.sites.items()}
+        from .allocate import within_budget, within_error
+
         if self.max_error is not None:
             return within_error(self._spectra, cost, self.max_error)
         assert self.budget is not None

@@ -58,6 +58,8 @@ class Contents:
     """Name of the base model."""
     revision: str | None = None
     """Its revision."""
+    base_class: str | None = None
+    """Its class, where PEFT noted it."""
     task: str | None = None
     """PEFT's task type."""
     kept: Mapping[str, Any] = field(default_factory=dict)

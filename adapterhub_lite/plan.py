@@ -39,9 +39,7 @@ class Plan:
         return sum(math.prod(t.shape) * ITEMSIZE[t.dtype] for t in (*planned, *self.contents.kept.values()))
 
 
-def plan(
-    source: WeightedSum, *, dtype: str | None = None, any_base: bool = False, keep: str | None = None
-) -> Plan:
+def plan(source: WeightedSum, *, dtype: str | None = None, any_base: bool = False, keep: str | None = None) -> Plan:
     """How `source` would be written. Raises `NotMergeable` where its parts contradict each other."""
     shared = common(source.contents, any_base=any_base, keep=keep)
     extents = {name: source.extent(name) for name in source.sites}
@@ -102,6 +100,8 @@ def _verbatim(source: WeightedSum) -> Stored | Held | None:
     if len(source.terms) > 1 or weight != 1.0 or not isinstance(only, (Stored, Held)):
         return None
     method = only.own.method
+    if method.peft_type is None:  # its own tensors have no place in a file; its delta has
+        return None
     known = {name for names in method.peft_keys().values() for name in names}
     return only if all(part.tensors.keys() <= known for part in only.sites.values()) else None
 

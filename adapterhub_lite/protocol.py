@@ -113,9 +113,7 @@ class Method:
         b = self.delta_bias(p, site)  # (out,)
         return y if b is None else y + site.along(b).to(y.dtype)
 
-    def merge(
-        self, p: Params, weight: Tensor, bias: Tensor | None, site: Site
-    ) -> tuple[Tensor, Tensor | None]:
+    def merge(self, p: Params, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         """The weight (out, in) and bias (out,) of a plain layer that computes what `forward` does. Pure."""
         weight = weight + self.delta(p, site).dense().to(weight.dtype)
         b = self.delta_bias(p, site)  # (out,)
@@ -166,9 +164,7 @@ class Method:
         """The entries of `adapter_config.json` that are this method's."""
         raise _missing(self, "to_peft")
 
-    def place(
-        self, family: str, shapes: Mapping[str, tuple[int, ...]]
-    ) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    def place(self, family: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...], tuple[int, int]]:
         """The site kind, the weight's own shape and its matrix shape (out, in), from the saved tensors' shapes.
 
         `family` is the one of `peft_keys` that the tensors' keys belong to; the options are those of the site.

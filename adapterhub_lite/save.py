@@ -19,7 +19,7 @@ from .format import Writer
 from .plan import Plan, plan
 from .protocol import Params
 from .registry import registry
-from .source import make_site, read
+from .source import DEFAULT, make_site, read
 from .staging import staged
 
 LONG_FLOAT = -1.2345678901234567e-100  # no float takes more room in JSON
@@ -55,7 +55,7 @@ def save(
     Raises `OutputExists` without `force`, `NotMergeable` where the parts have no sum, `FileError` where a file is
     broken. `dtype` is spelled as in safetensors.
     """
-    own = registry().format("peft")
+    own = registry().format(DEFAULT)
     facts: dict[str, Any] = {"version": __version__, "recipe": source.recipe()}
     longest = {"overall": LONG_FLOAT, "modules": dict.fromkeys(source.sites, LONG_FLOAT)}
     room = len(json.dumps({**facts, "error": longest}))
@@ -156,7 +156,8 @@ def _one_site(source: WeightedSum, planned: Plan, writer: Writer | None, name: s
         size += float(piece.bias.norm()) ** 2
     if not math.isfinite(lost_square):
         raise NotMergeable(
-            f"the result at {name!r} does not fit {planned.dtype}", fix="choose a wider --dtype (BF16 and F32 reach 3e38)"
+            f"the result at {name!r} does not fit {planned.dtype}",
+            fix="choose a wider --dtype (BF16 and F32 reach 3e38)",
         )
     if writer is not None:
         for key, t in tensors.items():

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .checkpoint import TensorInfo, check_finite, sha256
 from .delta import Delta
-from .errors import AdapterError, FileError, nearest
+from .errors import FileError, nearest
 from .format import Contents, Format, Planned, SiteContents
 from .protocol import Params
-from .registry import registry
+from .registry import Registry, registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .protocol import Method
     from .site import Site
+
+
+DEFAULT = "peft"  # the format adapters are written in
 
 
 class Piece(NamedTuple):
@@ -89,7 +92,12 @@ class Held:
     name = "the adapter in memory"
 
     def __init__(
-        self, method: Method, sites: Mapping[str, Site], params: Mapping[str, Params], *, base: str | None = None
+        self,
+        method: Method,
+        sites: Mapping[str, Site],
+        params: Mapping[str, Params],
+        *,
+        base: str | None = None,
     ) -> None:
         from .checkpoint import dtype_name  # beside torch, which made the tensors
 
@@ -138,20 +146,21 @@ def stored(ref: str | Path) -> Stored:
         hint = f"; {nearest(folder.name, near)}" if near and not folder.exists() else ""
         what = "is a file, not an adapter folder" if folder.exists() else "there is no such adapter folder"
         raise FileError(what, where=ref, fix="give a folder with adapter_config.json" + hint)
-    formats = registry().formats()
-    own = _recognise(folder, formats)
     found = registry()
+    own = _recognise(folder, found)
     contents = own.read(folder, lambda name: found.methods() if name is None else found.method(name))
     return Stored(folder, str(ref), contents, own.files(folder))
 
 
-def _recognise(folder: Path, formats: Mapping[str, Format]) -> Format:
+def _recognise(folder: Path, found: Registry) -> Format:
+    usual = found.format(DEFAULT)  # nearly always: no other plugin is imported then
+    if usual.recognises(folder):
+        return usual
+    formats = found.formats()
     for own in formats.values():
         if own.recognises(folder):
             return own
-    raise FileError(
-        "is not an adapter folder", where=folder, fix=f"formats that are read: {', '.join(formats) or 'none'}"
-    )
+    raise FileError("is not an adapter folder", where=folder, fix=f"formats that are read: {', '.join(formats)}")
 
 
 def read(info: TensorInfo) -> Tensor:
@@ -163,10 +172,7 @@ def read(info: TensorInfo) -> Tensor:
 
 def make_site(name: str, part: SiteContents) -> Site:
     """The site from header shapes alone."""
-    kinds = registry().site_kinds()
-    if part.kind not in kinds:
-        raise AdapterError(f"no plugin knows the site kind {part.kind!r}", where=name, fix=nearest(part.kind, kinds))
-    return kinds[part.kind](name, part.weight_shape)
+    return registry().site_kind(part.kind)(name, part.weight_shape)
 
 
 def _piece(method: Method, p: Params, site: Site) -> Piece:

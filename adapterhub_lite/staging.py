@@ -47,7 +47,7 @@ _REMEDY = {
 def staged(out: Path, *, force: bool = False, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
     """A temporary folder beside `out` to write into; it becomes `out` when the block ends.
 
-    If the block, or anything after it, raises, the temporary folder is removed and
+    If the block raises, or anything after it fails, the temporary folder is removed and
     `out` stays as it was. An `out` that exists is replaced with `force` only, and
     only if `replaceable(out)`. Missing parents of `out` are made.
 
@@ -157,7 +157,7 @@ def _fresh_folder(out: Path, made: list[Path]) -> Iterator[Path]:
                     yield temp
                     return
         finally:
-            shutil.rmtree(temp, ignore_errors=True)
+            _discard(temp)
     raise FileError("no temporary folder could be made beside it", where=out, fix="choose another folder")
 
 
@@ -187,7 +187,8 @@ def _locked(folder: Path) -> Iterator[bool | None]:
         yield held
     finally:
         if handle >= 0:
-            os.close(handle)
+            with contextlib.suppress(OSError):  # nothing was written through it, and all may be done by now
+                os.close(handle)
 
 
 def _sweep(parent: Path) -> None:
@@ -203,7 +204,13 @@ def _sweep(parent: Path) -> None:
                 if match["kind"] == "old" and not os.path.lexists(parent / match["name"]):
                     left.rename(parent / match["name"])  # killed between the two renames of _exchange
                 else:
-                    shutil.rmtree(left, ignore_errors=True)
+                    _discard(left)
+
+
+def _discard(folder: Path) -> None:
+    """Remove `folder` as far as possible; the next sweep removes the rest."""
+    with contextlib.suppress(OSError):  # of closing a handle, which is not among the errors ignored
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync_tree(folder: Path) -> None:
@@ -230,9 +237,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _commit(
-    temp: Path, out: Path, made: list[Path], force: bool, replaceable: Callable[[Path], bool]
-) -> None:
+def _commit(temp: Path, out: Path, made: list[Path], force: bool, replaceable: Callable[[Path], bool]) -> None:
     """Make `temp` the new `out`; the old one, if any, is then at `temp`. All or nothing."""
     for _ in range(_ATTEMPTS):
         change = _exchange if _occupied(out, force, replaceable) else _move

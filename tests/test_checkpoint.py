@@ -138,6 +138,10 @@ def test_tensors_come_in_the_order_of_their_bytes(tmp_path: Path) -> None:
         "late": b"de",
     }
     assert list(found.tensors) == ["early", "late"]
+    header = {"full": entry("U8", [2], [0, 2]), "empty": entry("F64", [0], [0, 0])}
+    path = write_raw(tmp_path, json.dumps(header), b"ab")
+    assert list(Checkpoint.open(path).tensors) == ["empty", "full"]
+    assert either_refused_or_as_the_library(path)
 
 
 @pytest.mark.parametrize("length", [128, 640, 0x0380, 0x0580])
@@ -163,9 +167,7 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
 
 def test_headers_need_no_torch() -> None:
     code = "import adapterhub_lite.checkpoint, sys; assert not {'torch', 'numpy'} & set(sys.modules)"
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}
-    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
 
 
 def test_sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,9 +189,7 @@ def write_raw(folder: Path, header: str | bytes, data: bytes, length: int | None
     return path
 
 
-def entry(
-    dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4), **more: object
-) -> dict[str, object]:
+def entry(dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4), **more: object) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
 
 
@@ -346,9 +346,7 @@ def test_refuses_what_is_no_file(tmp_path: Path) -> None:
         Checkpoint.open("a\0b")
 
 
-def test_refuses_too_many_tensors_before_building_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refuses_too_many_tensors_before_building_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "MAX_TENSORS", 3)
     many = {f"t{i}": entry(shape=[0], offsets=[0, 0]) for i in range(6)}
     path = write_raw(tmp_path, json.dumps(many), b"")
@@ -613,9 +611,7 @@ def test_wrong_tensors_are_refused(tmp_path: Path, name: str, tensor: Tensor, wo
         {"a": ("F32", (1,) * 33)},
     ],
 )
-def test_what_could_not_be_read_is_not_written(
-    tmp_path: Path, layout: dict[str, tuple[str, tuple[int, ...]]]
-) -> None:
+def test_what_could_not_be_read_is_not_written(tmp_path: Path, layout: dict[str, tuple[str, tuple[int, ...]]]) -> None:
     with pytest.raises(FileError) as caught:
         TensorWriter(tmp_path / "x", layout)
     assert str(caught.value).isprintable()
@@ -691,9 +687,21 @@ def test_a_full_disk(tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch)
     assert not (tmp_path / "x").exists()
 
 
-def test_the_file_is_not_closed_under_a_thread_that_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tensor_that_failed_is_not_taken_for_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with TensorWriter(tmp_path / "x", LAYOUT) as writer:
+        writer.write("b", B)
+        with monkeypatch.context() as patch, pytest.raises(FileError, match="input/output error"):
+            patch.setattr(os, "pwrite", broken)
+            writer.write("a", A)
+        with pytest.raises(FileError, match="1 of 2 tensors were not written: one that failed"):
+            writer.finish({})
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_file_is_not_closed_under_a_thread_that_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, inside, go_on = os.pwrite, threading.Event(), threading.Event()
 
     def slow(handle: int, data: Any, at: int) -> int:

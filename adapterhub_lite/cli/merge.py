@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..adapter import Adapter, load
+from ..adapter import load
 from ..errors import nearest
 from .output import Size, print_json, progress, size, table
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from ..save import RelativeError
 
-NUMBERS = re.compile(r"[-+]?(\d+\.?\d*|\.\d+|inf|nan)(e[-+]?\d+)?(,[-+]?(\d+\.?\d*|\.\d+|inf|nan)(e[-+]?\d+)?)*,?", re.I)
+NUMBERS = re.compile(
+    r"[-+]?(\d+\.?\d*|\.\d+|inf|nan)(e[-+]?\d+)?(,[-+]?(\d+\.?\d*|\.\d+|inf|nan)(e[-+]?\d+)?)*,?", re.I
+)
 DTYPES = {
     "float32": "F32", "fp32": "F32", "float64": "F64", "fp64": "F64",
     "float16": "F16", "fp16": "F16", "bfloat16": "BF16", "bf16": "BF16",
@@ -38,7 +40,7 @@ def gather_weights(args: Sequence[str]) -> list[str]:
     >>> gather_weights(["a", "b", "--weights", "1", "-0.5", "-o", "out"])
     ['a', 'b', '--weights=1,-0.5', '-o', 'out']
     """
-    rest, gathered = list(args), []
+    rest, gathered = list(args), list[str]()
     while rest:
         word = rest.pop(0)
         if word == "--":
@@ -74,7 +76,9 @@ def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option(
     "-w", "--weights", metavar="W...", callback=parse_weights, help="One number each: 0.7 0.3 or 0.7,0.3. Default 1/N."
 )
-@click.option("-o", "--out", metavar="OUT", required=False, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option(
+    "-o", "--out", metavar="OUT", required=False, type=click.Path(path_type=Path), help="The folder to write."
+)
 @click.option("--rank", type=click.IntRange(min=1), help="Truncate to this rank at every site, optimally.")
 @click.option(
     "--max-error",
@@ -82,7 +86,9 @@ def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -
     help="Truncate to the smallest adapter with at most this relative error, rounding included.",
 )
 @click.option("--budget", type=Size(), help="Truncate to the nearest adapter of at most this size, say 80MB.")
-@click.option("--dtype", callback=parse_dtype, help="float32, float16, bfloat16 or float64. Default: the widest input's.")
+@click.option(
+    "--dtype", callback=parse_dtype, help="float32, float16, bfloat16 or float64. Default: the widest input's."
+)
 @click.option("--keep", metavar="REF", help="Where they differ, take heads, biases and token rows from REF, or 'none'.")
 @click.option("--any-base", is_flag=True, help="Merge although the adapters name different base models.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, from the headers, and stop.")
@@ -139,9 +145,7 @@ def merge(
         return
     assert out is not None
     with progress("merging", quiet) as step:
-        planned, error = merged.write(
-            out, dtype=dtype, force=force, any_base=any_base, keep=keep, progress=step
-        )
+        planned, error = merged.write(out, dtype=dtype, force=force, any_base=any_base, keep=keep, progress=step)
     if as_json:
         print_json({"out": str(out), **_report(planned, refs, weights, error)})
     elif not quiet:
@@ -156,7 +160,7 @@ def _report(
     modules: dict[str, dict[str, Any]] = {
         name: {"rank": planned.ranks[name], "shape": list(shape)} for name, shape in shapes.items()
     }
-    report = {
+    report: dict[str, Any] = {
         "adapters": [{"ref": ref, "weight": w} for ref, w in zip(refs, weights, strict=True)],
         "method": planned.contents.method.name,
         "base_model": planned.contents.base,

@@ -24,7 +24,9 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str], right: Sequence[in
     lines = [head, *rows]
     width = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join(
-        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, width, strict=True))).rstrip()
+        "  ".join(
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, width, strict=True))
+        ).rstrip()
         for line in lines
     )
 

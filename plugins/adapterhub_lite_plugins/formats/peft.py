@@ -27,8 +27,17 @@ MAX_CONFIG = 16 << 20  # bytes
 
 # Entries that do not change what the saved tensors compute: which modules were chosen, and bookkeeping.
 INERT = frozenset(
-    "auto_mapping exclude_modules inference_mode layers_pattern layers_to_transform loftq_config megatron_core "
-    "peft_version runtime_config".split()
+    [
+        "auto_mapping",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "megatron_core",
+        "peft_version",
+        "runtime_config",
+    ]
 )
 # Embeddings that PEFT saves beside the adapter although nobody trained them.
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -80,6 +89,7 @@ class PeftFormat:
             sites=sites,
             base=base,
             revision=revision,
+            base_class=_base_class(config),
             task=task,
             kept=kept,
             kept_options=kept_options,
@@ -98,9 +108,8 @@ class PeftFormat:
             "peft_type": method.peft_type,
             "task_type": contents.task,
             # Somebody's local path tells a reader nothing, and strangers where it lay.
-            "base_model_name_or_path": contents.base and (
-                PurePath(contents.base).name if PurePath(contents.base).is_absolute() else contents.base
-            ),
+            "base_model_name_or_path": contents.base
+            and (PurePath(contents.base).name if PurePath(contents.base).is_absolute() else contents.base),
             "revision": contents.revision,
             "inference_mode": True,
             "fan_in_fan_out": contents.transposed,
@@ -240,9 +249,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG:
             raise FileError(f"is larger than {MAX_CONFIG >> 20} MB", where=path, fix="a config has a few kB")
-        config = json.loads(
-            path.read_text("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constants
-        )
+        config = json.loads(path.read_text("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constants)
     except FileNotFoundError:
         raise FileError("is missing", where=path, fix="an adapter folder has it beside the weights") from None
     except OSError as e:
@@ -254,6 +261,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise FileError("is not a JSON object", where=path, fix="restore the file")
     return config
+
+
+def _base_class(config: Mapping[str, Any]) -> str | None:
+    """A name to compare; nothing is ever imported by it."""
+    auto = config.get("auto_mapping")
+    name = auto.get("base_model_class") if isinstance(auto, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _facts(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -20,8 +20,9 @@ from adapterhub_lite.pattern import first_match, spell
 
 if TYPE_CHECKING:
     import torch
-    from adapterhub_lite import Site
     from torch import Tensor, nn
+
+    from adapterhub_lite import Site
 
 # Our names for PEFT's `init_lora_weights`. Those of PEFT that change the base weights are not among them.
 PEFT_INITS: Mapping[str, bool | str] = {
@@ -242,9 +243,7 @@ class LoRA(Method):
             "use_dora": False,
         }
 
-    def place(
-        self, family: str, shapes: Mapping[str, tuple[int, ...]]
-    ) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    def place(self, family: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...], tuple[int, int]]:
         A, B = shapes["A"], shapes["B"]
         if len(A) != len(B) or not 2 <= len(A) <= 5:
             raise ConfigError(f"lora_A {list(A)} and lora_B {list(B)} are of no layer that LoRA adapts")

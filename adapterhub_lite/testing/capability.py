@@ -1,0 +1,35 @@
+"""Why a check may not be for a method: facts that the method declares, never its name."""
+
+from __future__ import annotations
+
+from ..protocol import Method
+
+
+def _overrides(method: Method, rule: str) -> bool:
+    return getattr(type(method), rule) is not getattr(Method, rule)
+
+
+def has_delta(method: Method) -> str | None:
+    return None if _overrides(method, "delta") else "defines no delta()"
+
+
+def has_merge(method: Method) -> str | None:
+    if _overrides(method, "delta") or _overrides(method, "merge"):
+        return None
+    return "defines neither delta() nor merge()"
+
+
+def starts_as_identity(method: Method) -> str | None:
+    return None if method.identity_at_init else "declares that identity_at_init is False"
+
+
+def ignores_weight(method: Method) -> str | None:
+    return "declares reads_weight: it needs the base weight" if method.reads_weight else None
+
+
+def carries(method: Method) -> str | None:
+    return None if method.carries_low_rank else "declares that carries_low_rank is False"
+
+
+def in_peft(method: Method) -> str | None:
+    return None if method.peft_type is not None else "declares no peft_type: PEFT's layout has no place for it"

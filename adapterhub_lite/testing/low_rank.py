@@ -1,0 +1,134 @@
+"""The delta: what is known of it beforehand, how it is carried, and that it adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..delta import LowRank, Outline
+from ..protocol import Method, Params
+from ..seed import generator
+from .capability import carries, has_delta, ignores_weight
+from .check import check, require, within
+from .weights import EXACT
+from .zoo import Cell, cells, described, difference, each_cell, examples, has_example, sibling
+
+if TYPE_CHECKING:
+    from ..site import Site
+
+
+@check(has_example, has_delta, ignores_weight)
+def delta_needs_no_module(method: Method) -> str:
+    """`delta` works at sites that are known from a file's header alone, and gives the same there."""
+    for cell in each_cell(method):
+        bare = type(cell.site)(cell.site.name, cell.site.weight_shape)
+        got, want = cell.method.delta(cell.p, bare), cell.delta()
+        within(
+            difference(got.dense(), want.dense()),
+            0.0,
+            f"another delta without the module of a {cell}",
+            fix="compute it from the tensors and site.shape alone, or declare reads_weight",
+        )
+        require(
+            want.shape == cell.site.shape, f"ΔW {want.shape} of a {cell}, not {cell.site.shape}", fix="use the matrix form"
+        )
+    return ""
+
+
+@check(has_example, has_delta)
+def outline_agrees_with_delta(method: Method) -> str:
+    """`outline` tells from shapes what rank, scale and bias the delta will have."""
+    ranks = set()
+    for cell in each_cell(method):
+        delta, bias = cell.delta(), cell.method.delta_bias(cell.p, cell.site)
+        low = isinstance(delta, LowRank)
+        got = Outline(delta.rank, delta.scale, bias is not None) if isinstance(delta, LowRank) else None
+        told = cell.method.outline(cell.shapes())
+        want = got or Outline(None, told.scale, bias is not None)
+        require(
+            told == want,
+            f"the outline of a {cell} says {_told(told)}, and the delta has {_told(want)}",
+            fix="derive the outline from the same shapes and options",
+        )
+        if low:
+            ranks.add(want.rank)
+    return f"ranks {', '.join(map(str, sorted(r for r in ranks if r is not None)))}" if ranks else "not low rank"
+
+
+@check(has_example, carries)
+def carries_low_rank(method: Method) -> str:
+    """`carry`, `tensor_shapes` and `factors` hold any low-rank delta, its scale and its bias, and give it back."""
+    worst = 0.0
+    for example in examples(method):
+        sites = example.sites(example.model())
+        ranks = {name: 1 + 2 * i for i, name in enumerate(sites)}
+        for scale, with_bias in ((0.75, True), (2.0, False), (1 / 3, False)):
+            carrier = type(method).carry(ranks, scale=scale, bias=with_bias)
+            for name, site in sites.items():
+                off = _carried(carrier.at(name), site, ranks[name], scale, with_bias)
+                within(
+                    off,
+                    EXACT,
+                    f"carry(scale={scale:g}, bias={with_bias}) gives back another delta at a {described(site)}",
+                    fix="let factors() undo what delta() and delta_bias() do",
+                )
+                worst = max(worst, off)
+    return f"max |diff| {worst:.1e}"
+
+
+@check(has_example, has_delta)
+def arithmetic_is_linear(method: Method) -> str:
+    """0.7 a - 0.3 b of two adapters with other ranks is the dense sum of their deltas, also as it would be stored."""
+    worst = 0.0
+    for example in examples(method):
+        other = sibling(method)
+        a, b = cells(method, example), cells(other, example, seed=1)
+        mix = 0.7 * _held(method, a) - 0.3 * _held(other, b)
+        for name in a:
+            # Dense first, then summed: what algebra does with factors must come to the same.
+            want = 0.7 * a[name].delta().dense() - 0.3 * b[name].delta().dense()
+            off = difference(mix.delta(name).dense(), want)
+            within(off, EXACT, f"0.7 a - 0.3 b is off on a {a[name]}", fix="return LowRank, Sparse or Dense as they are")
+            worst = max(worst, off)
+        within(
+            float(mix.error),
+            EXACT,
+            f"what would be stored of 0.7 a - 0.3 b is off on {example.kind} layers",
+            fix="let outline() announce the delta's rank, scale and bias",
+        )
+    return f"max |diff| {worst:.1e}"
+
+
+def _carried(carrier: Method, site: Site, rank: int, scale: float, with_bias: bool) -> float:
+    """How far the delta, its bias and its scale are from what was to be carried."""
+    (out, into), rng = site.shape, generator(0, site.name)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+    want, zero = LowRank(draw(out, rank), draw(rank, into), scale), torch.zeros(out, dtype=torch.float64)
+    bias = draw(out) if with_bias and hasattr(site.module, "bias") else None
+    given = carrier.factors(want, bias)
+    shapes = carrier.tensor_shapes(site.kind, site.shape, site.kernel)
+    lacking = sorted(shapes.keys() - given.keys())
+    require(not lacking, f"factors() lacks {', '.join(lacking)}", fix="give all that tensor_shapes() names")
+    p = Params({key: given[key].reshape(shape) for key, shape in shapes.items()})
+    got, kept = carrier.delta(p, site), carrier.delta_bias(p, site)
+    off = max(difference(got.dense(), want.dense()), difference(zero if kept is None else kept, zero if bias is None else bias))
+    return max(off, abs(got.scale - scale)) if isinstance(got, LowRank) else off
+
+
+def _held(method: Method, made: Mapping[str, Cell]) -> Adapter:
+    return Adapter.of(method, {n: c.site for n, c in made.items()}, {n: c.p for n, c in made.items()})
+
+
+def _told(outline: Outline) -> str:
+    rank = "no low rank" if outline.rank is None else f"rank {outline.rank}"
+    return f"{rank}, scale {outline.scale:g}, {'a' if outline.bias else 'no'} bias"
+
+
+CHECKS = (delta_needs_no_module, outline_agrees_with_delta, carries_low_rank, arithmetic_is_linear)

@@ -1,0 +1,112 @@
+"""Files: what is saved in PEFT's layout comes back bit by bit, and is the same file every time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..algebra import norm, total
+from ..delta import Delta
+from ..protocol import Method, Params
+from ..source import Stored, stored
+from .capability import has_delta, in_peft
+from .check import check, require, within
+from .zoo import Cell, bits, cells, changed, difference, examples, has_example
+
+
+@check(has_example, in_peft)
+def save_and_load(method: Method) -> str:
+    """A saved adapter comes back with the same tensors, bit by bit, and the same delta at every site."""
+    tensors = 0
+    for example in examples(method):
+        for dtype in (torch.float32, torch.bfloat16):
+            made = cells(method, example, dtype=dtype)
+            with tempfile.TemporaryDirectory() as folder:
+                error = _adapter(method, made).save(Path(folder, "adapter"))
+                back = stored(Path(folder, "adapter"))
+                require(
+                    back.sites.keys() == made.keys(),
+                    f"{', '.join(sorted(back.sites.keys() ^ made.keys()))} came or went on the way through a file",
+                    fix="check peft_keys() and place()",
+                )
+                for name, cell in made.items():
+                    tensors += _same_tensors(method, cell, back, name)
+                    if has_delta(method) is None and not method.reads_weight:
+                        _same_delta(cell, back, name, error.modules[name])
+    return f"{tensors} tensors, bit-equal" if tensors else "as a low-rank sum, within the stated error"
+
+
+@check(has_example, in_peft)
+def files_are_reproducible(method: Method) -> str:
+    """The same adapter written twice gives the same bytes."""
+    size = 0
+    for example in examples(method):
+        adapter = _adapter(method, cells(method, example, dtype=torch.float32))
+        with tempfile.TemporaryDirectory() as folder:
+            contents = []
+            for out in (Path(folder, "one"), Path(folder, "two")):
+                adapter.save(out)
+                contents.append({file.name: file.read_bytes() for file in sorted(out.iterdir())})
+            one, two = contents
+            differing = sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
+            require(
+                not differing,
+                f"{', '.join(differing)} differs when written again",
+                fix="let to_peft() depend on the options alone",
+            )
+            size += sum(map(len, one.values()))
+    return f"{size} bytes"
+
+
+def _adapter(method: Method, made: Mapping[str, Cell]) -> Adapter:
+    sites = {name: cell.site for name, cell in made.items()}
+    return Adapter.of(method, sites, {name: cell.p for name, cell in made.items()})
+
+
+def _same_tensors(method: Method, cell: Cell, back: Stored, name: str) -> int:
+    """Compare the tensors if the file has the method's own; the number of them."""
+    layout = {key for names in cell.method.peft_keys().values() for key in names}
+    if not cell.p.keys() <= layout:
+        return 0
+    lost = changed(bits(cell.p), back.params(name))
+    require(
+        not lost,
+        f"{', '.join(lost)} of a {cell} in {next(iter(cell.p.values())).dtype} came back changed",
+        fix="check peft_keys(): every tensor needs a key of its own",
+    )
+    return len(cell.p)
+
+
+def _same_delta(cell: Cell, back: Stored, name: str, stated: float) -> None:
+    """ΔW and bias of the file against those of the tensors in memory; `stated` is the error that saving told."""
+    method, p = cell.method, Params({key: t.detach() for key, t in cell.p.items()})
+    want, bias, got = method.delta(p, cell.site), method.delta_bias(p, cell.site), back.piece(name)
+    fix = "check to_peft() and from_peft(): every option that delta() reads must come back"
+    if stated == 0 and cell.p.keys() == back.params(name).keys():
+        within(difference(got.delta.dense(), want.dense()), 0.0, f"another delta from the file on a {cell}", fix=fix)
+    else:
+        off = norm(total([got.delta, _scaled(want, -1.0)])) / max(norm(want), 1e-30)
+        within(off, 1.01 * stated + 1e-12, f"another delta from the file on a {cell}", fix=fix)
+    zero = torch.zeros(())
+    within(
+        difference(_or(got.bias, zero), _or(bias, zero)),
+        max(stated, 0.0),
+        f"another bias change from the file on a {cell}",
+        fix=fix,
+    )
+
+
+def _scaled(delta: Delta, weight: float) -> Delta:
+    return delta.scaled(weight)
+
+
+def _or(t: Tensor | None, default: Tensor) -> Tensor:
+    return default if t is None else t
+
+
+CHECKS = (save_and_load, files_are_reproducible)

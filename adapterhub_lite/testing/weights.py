@@ -1,0 +1,121 @@
+"""The rules at one layer: `forward` and `merge` are one function, and neither touches the base."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NotMergeable
+from ..protocol import Method
+from ..seed import generator
+from .capability import has_merge
+from .check import CheckSkipped, check, require, within
+from .zoo import Cell, bits, cells, changed, difference, each_cell, examples, has_example
+
+EXACT = 1e-9  # float64, after a handful of products
+
+
+@check(has_example, has_merge)
+def merge_equals_forward(method: Method) -> str:
+    """A plain layer with the merged weight and bias computes what `forward` does."""
+    worst = 0.0
+    for cell in each_cell(method):
+        with torch.no_grad():
+            off = difference(_merged(cell)(cell.x), cell.forward())
+        within(
+            off, EXACT, f"merge and forward disagree on a {cell}", fix="let both follow from delta() and delta_bias()"
+        )
+        worst = max(worst, off)
+    return f"max |diff| {worst:.1e}"
+
+
+@check(has_example, has_merge)
+def merge_is_pure(method: Method) -> str:
+    """`merge` changes none of its arguments, and gives the same bits twice."""
+    for cell in each_cell(method):
+        given = _given(cell)
+        before = bits(given)
+        results = [_result(cell, given), _result(cell, given)]
+        touched = changed(before, given)
+        require(not touched, f"merge changed {', '.join(touched)} of a {cell}", fix="compute out of place")
+        differing = changed(*results)
+        require(
+            not differing, f"merge gave another {', '.join(differing)} the second time", fix="keep nothing between calls"
+        )
+    return ""
+
+
+@check(has_example)
+def base_untouched(method: Method) -> str:
+    """No rule changes a base weight, gives it a gradient, or adds to its module."""
+    for example in examples(method):
+        made = cells(method, example)
+        before = {name: bits(cell.module.state_dict()) for name, cell in made.items()}
+        names = {name: _attributes(cell.module) for name, cell in made.items()}
+        for name, cell in made.items():
+            cell.method.init(cell.site, generator(1, name))
+            cell.module.requires_grad_(True)  # a frozen base would hide that a rule reaches for it
+            _total([cell.forward()]).backward()
+            if has_merge(method) is None:
+                _result(cell, _given(cell))
+            touched = changed(before[name], cell.module.state_dict())
+            require(not touched, f"a rule changed the {', '.join(touched)} of a {cell}", fix="compute out of place")
+            reached = [key for key, p in cell.module.named_parameters() if p.grad is not None]
+            require(
+                not reached, f"the frozen {', '.join(reached)} of a {cell} got a gradient", fix="read site.weight, detached"
+            )
+            added = sorted(_attributes(cell.module) ^ names[name])
+            require(not added, f"a rule left {', '.join(added)} on the module of a {cell}", fix="keep state in tensors")
+    return ""
+
+
+def _merged(cell: Cell) -> nn.Module:
+    """The layer alone, with the merged weight and bias."""
+    given = _given(cell)
+    result = _result(cell, given)
+    weight, bias = result["weight"], result.get("bias")
+    require(
+        weight.dtype == given["weight"].dtype and weight.shape == given["weight"].shape,
+        f"merge turned a weight {tuple(given['weight'].shape)} of {given['weight'].dtype} into "
+        f"{tuple(weight.shape)} of {weight.dtype}",
+        fix="keep the shape (out, in) and the dtype",
+    )
+    require(
+        bias is None or hasattr(cell.module, "bias"), f"merge gave a bias to a {cell}, which has no place for it", fix="give None"
+    )
+    plain = copy.deepcopy(cell.module)
+    plain.register_parameter("weight", nn.Parameter(cell.site.fold(weight).clone()))
+    if hasattr(plain, "bias"):
+        plain.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+    return plain
+
+
+def _given(cell: Cell) -> dict[str, Tensor]:
+    """What `merge` is given: weight and bias in copies, and the adapter's tensors."""
+    given = {"weight": cell.site.weight.clone(), **cell.p}
+    if cell.site.bias is not None:
+        given["base bias"] = cell.site.bias.clone()
+    return given
+
+
+def _result(cell: Cell, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        try:
+            weight, bias = cell.method.merge(cell.p, given["weight"], given.get("base bias"), cell.site)
+        except NotMergeable as error:  # the declared way to say so where it depends on options or layers
+            raise CheckSkipped(str(error)) from None
+    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+
+def _total(outputs: list[Tensor]) -> Tensor:
+    return torch.stack([y.square().sum() for y in outputs]).sum()
+
+
+def _attributes(module: nn.Module) -> set[str]:
+    hooks = {f"a hook ({len(h)})" for h in (module._forward_hooks, module._forward_pre_hooks) if h}
+    return set(module.__dict__) | {n for n, _ in module.named_parameters()} | {n for n, _ in module.named_modules()} | hooks
+
+
+CHECKS = (merge_equals_forward, merge_is_pure, base_untouched)

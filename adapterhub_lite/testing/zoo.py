@@ -1,0 +1,272 @@
+"""Small models of one kind of layer each, with awkward shapes, and adapters on them.
+
+No width equals another, some layers have a bias and some do not, convolutions come with
+stride, padding, dilation and groups. Every model starts from the same weights and leaves
+the global random state alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..protocol import Method, Params
+from ..registry import registry
+from ..seed import generator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..delta import Delta
+    from ..site import Site
+
+
+class Stack(nn.Module):
+    """Layers named `first`, `second`, `third`, with tanh between them."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in zip(("first", "second", "third"), layers, strict=True):
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
+        return y
+
+
+class Lookup(nn.Module):
+    """Embeddings of tokens (`first`) and positions (`second`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Embedding(23, 12, padding_idx=0)
+        self.second = nn.Embedding(9, 12)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        return torch.tanh(self.first(ids)) * self.second(positions)
+
+
+def _linear() -> nn.Module:
+    return Stack(nn.Linear(12, 20), nn.Linear(20, 28, bias=False), nn.Linear(28, 8))
+
+
+def _transposed() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return Stack(Conv1D(20, 12), Conv1D(28, 20), Conv1D(8, 28))
+
+
+def _conv1d() -> nn.Module:
+    return Stack(
+        nn.Conv1d(4, 10, 3, stride=2, padding=1),
+        nn.Conv1d(10, 14, 2, dilation=2, groups=2, bias=False),
+        nn.Conv1d(14, 9, 3, padding=1, padding_mode="circular"),
+    )
+
+
+def _conv2d() -> nn.Module:
+    return Stack(
+        nn.Conv2d(3, 10, (3, 2), stride=(1, 2), padding=(2, 1)),
+        nn.Conv2d(10, 14, (2, 3), dilation=(1, 2), padding="same", groups=2),
+        nn.Conv2d(14, 9, 1, bias=False),
+    )
+
+
+def _conv3d() -> nn.Module:
+    return Stack(
+        nn.Conv3d(2, 8, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 0), bias=False),
+        nn.Conv3d(8, 12, (1, 2, 2), groups=4, dilation=(1, 1, 2)),
+        nn.Conv3d(12, 9, 1),
+    )
+
+
+def _normal(*shape: int) -> Callable[[torch.Generator], Tensor]:
+    return lambda rng: torch.randn(shape, generator=rng)
+
+
+def _ids(rng: torch.Generator) -> Tensor:
+    return torch.randint(0, 23, (3, 7), generator=rng)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model whose adapted layers are all of one kind, and how to draw its input."""
+
+    kind: str
+    make: Callable[[], nn.Module]
+    draw: Callable[[torch.Generator], Tensor]
+    needs: str | None = None  # a package that must be importable
+
+    @property
+    def available(self) -> bool:
+        return self.needs is None or importlib.util.find_spec(self.needs) is not None
+
+    def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        """The model in eval mode; its weights are exact in every dtype, so that casting is no change."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = self.make().eval()
+            for p in model.parameters():
+                nn.init.normal_(p, std=0.3)  # biases too: a zero one hides what is done to it
+        return model.bfloat16().to(dtype)
+
+    def input(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The model's input, in `dtype` if it is floating."""
+        x = self.draw(generator(0, self.kind))
+        return x.bfloat16().to(dtype) if x.is_floating_point() else x
+
+    def sites(self, model: nn.Module) -> dict[str, Site]:
+        """The layers to adapt."""
+        kind = registry().site_kinds()[self.kind]
+        return {name: kind.of(name, module) for name, module in model.named_modules() if kind.accepts(module)}
+
+
+EXAMPLES = {
+    e.kind: e
+    for e in (
+        Example("linear", _linear, _normal(3, 5, 12)),
+        Example("transposed_linear", _transposed, _normal(3, 5, 12), needs="transformers"),
+        Example("conv1d", _conv1d, _normal(3, 4, 13)),
+        Example("conv2d", _conv2d, _normal(2, 3, 5, 9)),
+        Example("conv3d", _conv3d, _normal(2, 2, 3, 7, 5)),
+        Example("embedding", Lookup, _ids),
+    )
+}
+
+
+def examples(method: Method) -> list[Example]:
+    """The models for the site kinds that `method` claims."""
+    return [e for kind, e in EXAMPLES.items() if kind in method.site_kinds and e.available]
+
+
+def described(site: Site) -> str:
+    """The layer in a few words: kind, shape of its weight, whether it has a bias."""
+    bias = " with bias" if site.bias is not None else " without bias" if hasattr(site.module, "bias") else ""
+    return f"{site.kind} {'×'.join(map(str, site.weight_shape))}{bias}"
+
+
+def has_example(method: Method) -> str | None:
+    """Why nothing can be tried, if so."""
+    return None if examples(method) else f"no example layers of kind {', '.join(sorted(method.site_kinds)) or '(none)'}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An adapter at one layer, and the layer's own input x and output y."""
+
+    method: Method  # as it holds at this site
+    site: Site
+    p: Params
+    trained: frozenset[str]
+    x: Tensor
+    y: Tensor
+
+    def __str__(self) -> str:
+        return described(self.site)
+
+    @property
+    def module(self) -> nn.Module:
+        assert self.site.module is not None
+        return self.site.module
+
+    def forward(self) -> Tensor:
+        return self.method.forward(self.p, self.x, self.y, self.site)
+
+    def delta(self) -> Delta:
+        return self.method.delta(self.p, self.site)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(t.shape) for name, t in self.p.items()}
+
+
+def cells(
+    method: Method, example: Example, *, seed: int = 0, dtype: torch.dtype = torch.float64, fresh: bool = False
+) -> dict[str, Cell]:
+    """An adapter at every site of a new model, its trained tensors moved off their start unless `fresh`.
+
+    Base, inputs and adapter are all in `dtype`.
+    """
+    model = example.model(dtype)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    sites = example.sites(model)
+    handles = [_watch(site, seen) for site in sites.values()]
+    with torch.no_grad():
+        model(example.input(dtype))
+    for handle in handles:
+        handle.remove()
+    made = {}
+    for name, site in sites.items():
+        here = method.at(name)
+        start = here.init(site, generator(seed, name))
+        trained = frozenset(key for key, t in start.items() if isinstance(t, nn.Parameter))
+        p = {key: t.detach().to(dtype) for key, t in start.items()}
+        if not fresh:
+            p.update({key: moved(p[key], seed, f"{name}.{key}") for key in trained})
+        leaves = {key: nn.Parameter(t) if key in trained else t for key, t in p.items()}
+        made[name] = Cell(here, site, Params(leaves), trained, *seen[name])
+    return made
+
+
+def each_cell(method: Method, *, seed: int = 0, dtype: torch.dtype = torch.float64, fresh: bool = False) -> Iterator[Cell]:
+    """As `cells`, over all examples."""
+    for example in examples(method):
+        yield from cells(method, example, seed=seed, dtype=dtype, fresh=fresh).values()
+
+
+def moved(t: Tensor, seed: int, name: str) -> Tensor:
+    """`t` with noise of its own size added, so that no tensor is left at zero; exact in bfloat16 too."""
+    noise = torch.randn(t.shape, generator=generator(seed, f"moved {name}")).to(t)
+    size = t.square().mean().sqrt()
+    return (t + 0.3 * (size if size > 0 else 1.0) * noise).bfloat16().to(t.dtype).detach()
+
+
+def sibling(method: Method) -> Method:
+    """The same method with another rank if it has one, so that two adapters differ in their options too."""
+    if any(field.name == "rank" for field in dataclasses.fields(method)):
+        rank: int = method.rank  # type: ignore[attr-defined]
+        for other in (rank - 1, rank - 2, rank + 1, rank + 2):
+            try:
+                return replace(method, rank=other)  # type: ignore[call-arg]
+            except ConfigError:
+                continue
+    return method
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """The largest difference, relative to the largest entry where that is above 1; infinite if shapes differ."""
+    if got.shape != want.shape:
+        return float("inf")
+    size = float(want.detach().double().abs().max()) if want.numel() else 0.0
+    return float((got.detach().double() - want.detach().double()).abs().max()) / max(1.0, size)
+
+
+def bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies to compare with later."""
+    return {name: t.detach().clone() for name, t in tensors.items()}
+
+
+def changed(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
+    """Names whose tensor is missing, new, or differs in a bit."""
+    same = {n for n in before.keys() & now.keys() if _equal(before[n], now[n])}
+    return sorted((before.keys() | now.keys()) - same)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+def _watch(site: Site, seen: dict[str, tuple[Tensor, Tensor]]) -> torch.utils.hooks.RemovableHandle:
+    assert site.module is not None
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        seen[site.name] = args[0], out
+
+    return site.module.register_forward_hook(keep)
