@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .errors import PluginError as PluginError
     from .errors import UnknownName as UnknownName
     from .hookspecs import hookimpl as hookimpl
+    from .live import adapt as adapt
     from .protocol import Method as Method
     from .protocol import Params as Params
     from .site import Site as Site
@@ -50,6 +51,7 @@ _HOME = {
     "PluginError": "errors",
     "UnknownName": "errors",
     "hookimpl": "hookspecs",
+    "adapt": "live",
     "Method": "protocol",
     "Params": "protocol",
     "Site": "site",

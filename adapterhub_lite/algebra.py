@@ -194,7 +194,7 @@ def spectrum(x: Delta) -> Tensor:
 
     The error of each is about 1e-15 · S.
 
-    >>> spectrum(LowRank(torch.ones(8, 1), torch.ones(1, 2), -0.5)).tolist()
+    >>> spectrum(LowRank(torch.ones(8, 1), torch.ones(1, 2), -0.5)).round(decimals=9).tolist()
     [2.0]
     """
     values: Tensor = torch.linalg.svdvals(_finite(_core(x) if _has_core(x) else _dense(x)))
@@ -212,7 +212,7 @@ def truncate(x: Delta, rank: int) -> tuple[LowRank, LowRank]:
     more than this rank, the rest has rank 0.
 
     >>> kept, dropped = truncate(Dense(torch.diag(torch.tensor([3.0, 1.0, 2.0]))), 2)
-    >>> kept.rank, norm(kept) ** 2, norm(dropped)
+    >>> kept.rank, round(norm(kept) ** 2, 9), round(norm(dropped), 9)
     (2, 13.0, 1.0)
     """
     if rank < 0:
@@ -234,7 +234,12 @@ def rounded(x: LowRank, dtype: torch.dtype) -> tuple[LowRank, LowRank]:
     The scale is multiplied into B before the one rounding, so the stored scale is 1. With
     s·B + ΔB and A + ΔA stored, the change is [ΔB, s·B] · [A + ΔA; ΔA]: small factors from
     the start, where a difference of two products would cancel. A half that is zero is left
-    out.
+    out. What a truncation and its rounding miss of `x` together is thus dropped - lost:
+
+    >>> kept, dropped = truncate(Dense(torch.tensor([[1.0, 0.3], [0.2, 3.0]])), 1)
+    >>> stored, lost = rounded(kept, torch.bfloat16)
+    >>> round(norm(total([dropped, lost.scaled(-1.0)])), 3)
+    0.97
 
     >>> stored, lost = rounded(LowRank(torch.full((2, 1), 1 / 3), torch.ones(1, 3)), torch.bfloat16)
     >>> stored.B.dtype, lost.rank
@@ -248,7 +253,7 @@ def rounded(x: LowRank, dtype: torch.dtype) -> tuple[LowRank, LowRank]:
     ΔB, ΔA = B_new - B, A_new - A
     largest = [_largest(ΔB), _largest(ΔA)]
     if not all(map(math.isfinite, largest)):
-        raise NotMergeable(f"the factors do not fit into {dtype}", fix="choose a wider type")
+        raise NotMergeable(f"the factors are not finite in {dtype}", fix="choose a wider type")
     halves = [LowRank(ΔB, A_new), LowRank(B, ΔA)]
     lost = [half for half, change in zip(halves, largest, strict=True) if change]
     return stored, _low_rank_total(lost or [LowRank(B[..., :0], A[..., :0, :])])
@@ -355,4 +360,6 @@ def _finite(x: Tensor) -> Tensor:
 
 def _same_shape(x: tuple[int, ...], y: tuple[int, ...]) -> None:
     if tuple(x) != tuple(y):
-        raise NotMergeable(f"deltas of shapes {tuple(x)} and {tuple(y)}", fix="they are not of one site")
+        raise NotMergeable(
+            f"the deltas have shapes {tuple(x)} and {tuple(y)}", fix="combine adapters of one base model"
+        )

@@ -106,7 +106,7 @@ def _by_cost(spectra: Mapping[str, Sequence[float]], cost: Mapping[str, int]) ->
 def _checked(name: str, spectrum: Sequence[float], cost: Mapping[str, int]) -> NDArray[np.float64]:
     values = np.asarray(spectrum, dtype=np.float64)
     if values.ndim != 1 or not np.isfinite(values).all() or (values < 0).any():
-        raise ConfigError("singular values are finite and not negative", where=name, fix="check the tensors")
+        raise ConfigError("the spectrum is no list of finite values from 0", where=name, fix="check its tensors")
     price = cost.get(name, 0)
     if not 0 < price < _HIGHEST_COST or price % 1:
         raise ConfigError(f"the cost of a rank is {price}", where=name, fix="give a whole number from 1")

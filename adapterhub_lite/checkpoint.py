@@ -14,18 +14,15 @@ import math
 import os
 import re
 import stat
-import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import FileError, OutputExists
-from .staging import os_error
+from .errors import FileError, os_error
 
 if TYPE_CHECKING:
     import io
     from collections.abc import Iterator, Mapping
-    from types import TracebackType
 
     import torch
 
@@ -52,14 +49,14 @@ _DTYPES = {
     "BOOL": (1, "bool"),
 }
 ITEMSIZE: Mapping[str, int] = {dtype: size for dtype, (size, _) in _DTYPES.items()}
-_ORDER = {dtype: place for place, dtype in enumerate(_DTYPES)}
+ORDER = {dtype: place for place, dtype in enumerate(_DTYPES)}
 
 MAX_HEADER = 100_000_000  # bytes; the library's limit too
 MAX_TENSORS = 1_000_000
 MAX_DIMENSIONS = 32
 MAX_NAME = 512  # characters
 _MAX_ENTRY = 4096  # characters of one tensor's {…}: 32 dimensions of 19 digits take 640
-_BLOCK = 1 << 22  # bytes hashed or moved at once
+BLOCK = 1 << 22  # bytes hashed or moved at once
 
 _DAMAGED = "the file is damaged; download or save it again"
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -113,7 +110,7 @@ class TensorInfo:
             self._read_into(values.numpy().data)
             # Any other byte is undefined behaviour in whatever reads the tensor.
             if self.dtype == "BOOL" and int(values.max()) > 1:
-                raise _refusal(f"tensor {_shown(self.name)} has booleans other than 0 and 1", self.path)
+                raise damaged(f"tensor {shown(self.name)} has booleans other than 0 and 1", self.path)
         return tensor
 
     def read_bytes(self) -> bytes:
@@ -127,7 +124,7 @@ class TensorInfo:
             while len(view):
                 got = file.readinto(view)
                 if not got:
-                    raise _refusal(f"truncated while reading tensor {_shown(self.name)}", self.path)
+                    raise damaged(f"truncated while reading tensor {shown(self.name)}", self.path)
                 view = view[got:]
 
 
@@ -153,23 +150,23 @@ class Checkpoint:
                 raise _not_safetensors(head, size, path)
             length = int.from_bytes(head[:8], "little")
             if length > MAX_HEADER:
-                raise _refusal(f"the header says it has {length} bytes, the limit is {MAX_HEADER}", path)
+                raise damaged(f"the header says it has {length} bytes, the limit is {MAX_HEADER}", path)
             if 8 + length > size:
-                raise _refusal(f"truncated: the header has {length} bytes, the file has {size}", path)
+                raise damaged(f"truncated: the header has {length} bytes, the file has {size}", path)
             file.seek(8)
             header = bytearray()
             while len(header) < length:
                 more = file.read(length - len(header))
                 if not more:
-                    raise _refusal("truncated while reading the header", path)
+                    raise damaged("truncated while reading the header", path)
                 header += more
         try:
             reader = _HeaderReader(header.decode("utf-8"), path, 8 + length, size)
             reader.read()
         except UnicodeDecodeError:
-            raise _refusal("the header is not UTF-8", path) from None
+            raise damaged("the header is not UTF-8", path) from None
         except ValueError as error:
-            raise _refusal(str(error), path) from None
+            raise damaged(str(error), path) from None
         return cls(path, _checked_places(reader.tensors, 8 + length, size, path), reader.metadata or {})
 
 
@@ -197,13 +194,13 @@ class _HeaderReader:
                 continue
             check_name(name)
             if name in self.tensors:
-                raise ValueError(f"tensor {_shown(name)} stands twice in the header")
+                raise ValueError(f"tensor {shown(name)} stands twice in the header")
             if len(self.tensors) == MAX_TENSORS:
                 raise ValueError(f"the header has more than {MAX_TENSORS} tensors")
             try:
                 self.tensors[name] = self._tensor(name)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"tensor {_shown(name)}: {_json_problem(error)}") from None
+                raise ValueError(f"tensor {shown(name)}: {json_problem(error)}") from None
         if self._next() != "":
             raise ValueError(f"the header goes on after its end, at character {self.at}")
 
@@ -226,7 +223,7 @@ class _HeaderReader:
             value, self.at = _JSON.raw_decode(self.text, self.at)
             value.encode("utf-8")  # JSON can write half a surrogate pair, which is no text
         except ValueError as error:
-            raise ValueError(f"the header has a broken string: {_json_problem(error)}") from None
+            raise ValueError(f"the header has a broken string: {json_problem(error)}") from None
         assert isinstance(value, str)
         return value
 
@@ -247,7 +244,7 @@ class _HeaderReader:
         metadata: dict[str, str] = {}
         for key in self._members():
             if key in metadata:
-                raise ValueError(f"the metadata key {_shown(key)} stands twice")
+                raise ValueError(f"the metadata key {shown(key)} stands twice")
             metadata[key] = self._string()
         return metadata
 
@@ -265,7 +262,7 @@ class _HeaderReader:
         if entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise ValueError("its entry is not dtype, shape and data_offsets, and nothing else")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        nbytes = _nbytes(dtype, shape)
+        nbytes = nbytes_of(dtype, shape)
         if type(offsets) is not list or [type(n) for n in offsets] != [int, int]:
             raise ValueError("data_offsets is not two whole numbers")
         begin, end = offsets
@@ -281,18 +278,18 @@ def check_name(name: str) -> None:
     if not name:
         raise ValueError("a tensor has an empty name")
     if len(name) > MAX_NAME:
-        raise ValueError(f"the tensor name {_shown(name)} has more than {MAX_NAME} characters")
+        raise ValueError(f"the tensor name {shown(name)} has more than {MAX_NAME} characters")
     if _CONTROL.search(name):
-        raise ValueError(f"the tensor name {_shown(name)} has control characters")
+        raise ValueError(f"the tensor name {shown(name)} has control characters")
     if name == "__metadata__":
         raise ValueError("no tensor may be called __metadata__")
     name.encode("utf-8")
 
 
-def _nbytes(dtype: object, shape: object) -> int:
+def nbytes_of(dtype: object, shape: object) -> int:
     """How many bytes such a tensor takes; ValueError if there is none."""
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise ValueError(f"unknown or unsupported dtype {_shown(str(dtype))}")
+        raise ValueError(f"unknown or unsupported dtype {shown(str(dtype))}")
     if not isinstance(shape, (list, tuple)) or any(type(n) is not int or n < 0 for n in shape):
         raise ValueError("shape is not a list of whole numbers")
     if len(shape) > MAX_DIMENSIONS:
@@ -310,10 +307,10 @@ def _checked_places(tensors: Mapping[str, TensorInfo], start: int, stop: int, pa
     for info in in_order:
         if info.start != at:
             how = "overlaps the one before" if info.start < at else "leaves a hole before it"
-            raise _refusal(f"tensor {_shown(info.name)} {how}", path)
+            raise damaged(f"tensor {shown(info.name)} {how}", path)
         at = info.stop
     if at != stop:
-        raise _refusal(f"{stop - at} bytes at the end belong to no tensor", path)
+        raise damaged(f"{stop - at} bytes at the end belong to no tensor", path)
     return {info.name: info for info in in_order}
 
 
@@ -327,7 +324,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _JSON = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def _json_problem(error: Exception) -> str:
+def json_problem(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "its entry is nested too deeply"
     if isinstance(error, json.JSONDecodeError):
@@ -337,12 +334,21 @@ def _json_problem(error: Exception) -> str:
     return str(error)
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     return repr(name if len(name) <= 120 else name[:117] + "…")
 
 
-def _refusal(what: str, path: Path) -> FileError:
+def damaged(what: str, path: Path) -> FileError:
     return FileError(what, where=path, fix=_DAMAGED)
+
+
+def unpickle(name: str) -> str:
+    """What to do about a pickle: nothing here reads one."""
+    return (
+        "if you trust where it comes from, convert it in a process of its own: python -c "
+        f"\"import torch, safetensors.torch as s; s.save_file(torch.load('{name}', weights_only=True), "
+        "'adapter_model.safetensors')\""
+    )
 
 
 def _not_safetensors(head: bytes, size: int, path: Path) -> FileError:
@@ -351,13 +357,13 @@ def _not_safetensors(head: bytes, size: int, path: Path) -> FileError:
         return FileError(
             "this is a pickle, not safetensors: reading it could run code",
             where=path,
-            fix="convert it with 'adapter convert --allow-pickle', if you trust where it comes from",
+            fix=unpickle(path.name),
         )
     if head.startswith(b"version https://git-lfs"):
         return FileError("this is a git-lfs pointer, not the file itself", where=path, fix="run 'git lfs pull'")
     if size < 8:
-        return _refusal(f"truncated: the file has {size} bytes", path)
-    return _refusal("this is not a safetensors file: no JSON object after the first 8 bytes", path)
+        return damaged(f"truncated: the file has {size} bytes", path)
+    return damaged("this is not a safetensors file: no JSON object after the first 8 bytes", path)
 
 
 @contextlib.contextmanager
@@ -372,7 +378,7 @@ def _opened(path: Path) -> Iterator[io.FileIO]:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
             raise FileError("this is not a file", where=path, fix="name a .safetensors file")
-        with open(handle, "rb", buffering=0) as file:  # noqa: PTH123  # a handle, not a path
+        with open(handle, "rb", buffering=0) as file:  # a handle, not a path
             yield file
     except OSError as error:
         raise os_error(error, path) from error
@@ -381,7 +387,7 @@ def _opened(path: Path) -> Iterator[io.FileIO]:
 def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file, in hexadecimal. Other threads run meanwhile."""
     digest = hashlib.sha256()
-    block = memoryview(bytearray(_BLOCK))
+    block = memoryview(bytearray(BLOCK))
     with _opened(Path(path)) as file:
         while got := file.readinto(block):
             digest.update(block[:got])
@@ -412,204 +418,7 @@ def check_finite(tensor: torch.Tensor, info: TensorInfo, *, fix: str = "") -> No
     bad = (~torch.isfinite(values)).nonzero()
     first = f", the first at {bad[0].tolist()}" if info.shape else ""
     raise FileError(
-        f"tensor {_shown(info.name)} has {len(bad)} of {info.numel} values NaN or infinite{first}",
+        f"tensor {shown(info.name)} has {len(bad)} of {info.numel} values NaN or infinite{first}",
         where=info.path,
         fix=fix or "train or download the adapter again",
     )
-
-
-class TensorWriter:
-    """Streams tensors into a new safetensors file, in any order and from any thread; the header comes last.
-
-    A context manager: unless `finish` was called, the file is removed at the end
-    of the block. The bytes depend on the layout, the values, the metadata and
-    `metadata_room` only; with no room to spare they are those that the safetensors
-    library writes.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        layout: Mapping[str, tuple[str, tuple[int, ...]]],
-        *,
-        metadata_room: int = 0,
-    ) -> None:
-        """`metadata_room`: the bytes to keep free for the metadata as JSON.
-
-        If it turns out longer, the data are moved, which costs another pass over the file.
-        """
-        self.path = Path(path)
-        if len(layout) > MAX_TENSORS:
-            raise FileError(f"more than {MAX_TENSORS} tensors", where=self.path, fix="write several files")
-        sizes = {name: self._checked_size(name, dtype, shape) for name, (dtype, shape) in layout.items()}
-        planned: list[TensorInfo] = []  # from byte 0: the header's length follows from them
-        self._nbytes = 0
-        for name in sorted(layout, key=lambda name: (_ORDER[layout[name][0]], name)):
-            dtype, shape = layout[name]
-            start, self._nbytes = self._nbytes, self._nbytes + sizes[name]
-            planned.append(TensorInfo(name, dtype, tuple(shape), self.path, start, self._nbytes))
-        self._entries = [
-            f'{_json(info.name)}:{{"dtype":"{info.dtype}","shape":{_json(info.shape)},'
-            f'"data_offsets":[{info.start},{info.stop}]}}'
-            for info in planned
-        ]
-        self._data = at = 8 + len(self._header({}, room=metadata_room))
-        self._tensors = {info.name: replace(info, start=at + info.start, stop=at + info.stop) for info in planned}
-        self._waiting = set(self._tensors)  # nobody writes them yet
-        self._written = 0
-        self._writing = 0  # calls of write() that use the file now
-        self._changed = threading.Condition()
-        self._handle = -1
-        self._finished = False
-
-    def __enter__(self) -> TensorWriter:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        try:
-            self._handle = os.open(self.path, flags, 0o666)
-        except FileExistsError:
-            raise OutputExists(
-                "the file exists",
-                where=self.path,
-                fix="files are never overwritten in place; choose another name",
-            ) from None
-        except OSError as error:
-            raise os_error(error, self.path) from error
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
-        if not self._finished:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor to its place. Its dtype and shape are those of the layout, its values finite."""
-        info = self._tensors.get(name)
-        if info is None:
-            raise self._misuse(f"no tensor {_shown(name)} was laid out")
-        dtype = dtype_name(tensor.dtype)
-        if (dtype, tuple(tensor.shape)) != (info.dtype, info.shape):
-            is_, was = f"{dtype} {list(tensor.shape)}", f"{info.dtype} {list(info.shape)}"
-            raise self._misuse(f"tensor {_shown(name)} is {is_} but was laid out as {was}")
-        data = _tensor_bytes(tensor, info)
-        with self._changed:
-            if self._handle < 0:
-                raise self._misuse("the file is not open")
-            if name not in self._waiting:
-                raise self._misuse(f"tensor {_shown(name)} is written twice")
-            self._waiting.remove(name)
-            self._writing += 1
-        written = 0
-        try:
-            self._write_at(data, info.start)
-            written = 1
-        finally:
-            with self._changed:
-                self._written += written
-                self._writing -= 1
-                self._changed.notify_all()
-
-    def finish(self, metadata: Mapping[str, str]) -> None:
-        """Write the header and put the file on the disk. All tensors must have been written."""
-        if self._handle < 0:
-            raise self._misuse("the file is not open")
-        if self._written != len(self._tensors):
-            missing = sorted(self._waiting)[:3]
-            names = ", ".join(map(_shown, missing)) or "one that failed"
-            count = len(self._tensors) - self._written
-            raise self._misuse(f"{count} of {len(self._tensors)} tensors were not written: {names}")
-        header = self._header(metadata)
-        if len(header) > MAX_HEADER:
-            raise FileError(
-                f"the header has {len(header)} bytes, the limit is {MAX_HEADER}",
-                where=self.path,
-                fix="use shorter metadata or several files",
-            )
-        try:
-            room = self._data - 8
-            if len(header) > room:
-                self._move_data(len(header) - room)
-            header = header.ljust(room)
-            self._write_at(memoryview(len(header).to_bytes(8, "little") + header), 0)
-            os.fsync(self._handle)
-        except OSError as error:
-            raise os_error(error, self.path) from error
-        self._finished = True
-        self._close()
-
-    def _checked_size(self, name: str, dtype: str, shape: tuple[int, ...]) -> int:
-        try:
-            check_name(name)
-            return _nbytes(dtype, shape)
-        except ValueError as error:
-            what = f"tensor {_shown(name)} cannot be written: {_json_problem(error)}"
-            raise FileError(what, where=self.path, fix="change the tensor or its name") from None
-
-    def _header(self, metadata: Mapping[str, str], *, room: int = 0) -> bytes:
-        """The JSON, padded to 8 bytes; with `room` in place of the metadata, if any."""
-        for key, value in metadata.items():
-            if not (isinstance(key, str) and isinstance(value, str)):
-                raise self._misuse(f"the metadata {_shown(str(key))} is not text")
-        entries = self._entries
-        if metadata or room:
-            text = _json(dict(sorted(metadata.items()))) if metadata else " " * room
-            entries = [f'"__metadata__":{text}', *entries]
-        try:
-            header = f"{{{','.join(entries)}}}".encode()
-        except UnicodeEncodeError:
-            raise self._misuse("the metadata have half a surrogate pair") from None
-        return header + b" " * (-len(header) % 8)
-
-    def _move_data(self, by: int) -> None:
-        """Move the data towards the end, the last block first."""
-        stop = self._data + self._nbytes
-        while stop > self._data:
-            start = max(self._data, stop - _BLOCK)
-            block = bytearray()
-            while len(block) < stop - start:
-                more = os.pread(self._handle, stop - start - len(block), start + len(block))
-                if not more:
-                    raise _refusal("truncated while moving the data", self.path)
-                block += more
-            self._write_at(memoryview(block), start + by)
-            stop = start
-
-    def _write_at(self, data: memoryview, at: int) -> None:
-        try:
-            while len(data):
-                done = os.pwrite(self._handle, data, at)
-                data, at = data[done:], at + done
-        except OSError as error:
-            raise os_error(error, self.path) from error
-
-    def _close(self) -> None:
-        """Close the file once no thread writes: its number may belong to another file a moment later."""
-        with self._changed:
-            handle, self._handle = self._handle, -1
-            self._changed.wait_for(lambda: not self._writing)
-        if handle >= 0:
-            os.close(handle)
-
-    def _misuse(self, what: str) -> FileError:
-        return FileError(what, where=self.path, fix="this is an error in the program that writes")
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _tensor_bytes(tensor: torch.Tensor, info: TensorInfo) -> memoryview:
-    """The bytes of a tensor as the file has them; FileError if some value is not finite."""
-    import torch
-
-    if tensor.layout != torch.strided or tensor.is_meta:
-        raise FileError(
-            f"tensor {_shown(info.name)} is sparse or has no values",
-            where=info.path,
-            fix="make it dense first",
-        )
-    check_finite(tensor, info, fix="use a wider dtype, or look for what diverged")
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().data

@@ -43,7 +43,7 @@ class LowRank(NamedTuple):
 class Sparse(NamedTuple):
     """ΔW is zero but at `index`, the positions in the flattened matrix, each named once."""
 
-    index: Tensor  # (n,) int64
+    index: Tensor  # type: ignore[assignment]  # (n,) int64; hides tuple.index, which nobody wants of a delta
     values: Tensor  # (n,)
     shape: tuple[int, ...]  # (out, in)
 

@@ -44,7 +44,7 @@ KINDS = (METHOD, FORMAT, SITE_KIND, COMMAND)
 _PREFIXES = ("format.", "site.", "command.", "rule.")
 
 
-class Refused(Exception):  # noqa: N818 - caught in this file, its text is the whole message
+class Refused(Exception):
     """A plugin returned, or is, the wrong thing."""
 
 

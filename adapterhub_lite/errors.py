@@ -8,6 +8,8 @@ it is.
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -68,3 +70,28 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not names:
         return "none is known"
     return "known: " + ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+_REMEDY = {
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EDQUOT: "free some space or choose another disk",
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+    errno.EROFS: "choose a disk that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOTDIR: "a part of the path is a file; choose another path",
+    errno.ENOENT: "check the path",
+}
+
+
+def os_error(error: OSError, where: object) -> FileError:
+    """`error` of the operating system as a FileError, with a remedy.
+
+    `where` stands in for a path that the error does not name.
+    """
+    if isinstance(error.filename, (str, os.PathLike)):
+        where = error.filename
+    what = error.strerror or type(error).__name__
+    fix = _REMEDY.get(error.errno or 0, "check the path and the disk")
+    return FileError(what[:1].lower() + what[1:], where=where, fix=fix)

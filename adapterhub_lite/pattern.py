@@ -171,7 +171,8 @@ def _step(body: str, i: int, pattern: str) -> tuple[Step, int]:
     else:
         chars, i = frozenset(c), i + 1
     quantifier = re.compile(r"[*+?]|\{(\d{1,3})(,(\d{0,3}))?\}").match(body, i)  # our own expression, on a short text
-    least, most = 1, 1
+    least: int = 1
+    most: int | None = 1
     if quantifier:
         i = quantifier.end()
         match quantifier.group()[0]:

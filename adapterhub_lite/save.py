@@ -80,7 +80,7 @@ def measure(source: WeightedSum, *, dtype: str | None = None) -> RelativeError:
     return _write(source, plan(source, dtype=dtype, any_base=True, keep="none"), None, lambda done, total: None)
 
 
-class _TooCoarse(Exception):  # noqa: N818  # a signal to try again, not an error
+class _TooCoarse(Exception):  # a signal to try again, not an error
     def __init__(self, error: RelativeError) -> None:
         self.error = error
 

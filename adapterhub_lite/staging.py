@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import FileError, OutputExists, printable
+from .errors import FileError, OutputExists, os_error, printable
 
 try:
     import fcntl
@@ -30,17 +30,6 @@ _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_LOCKS = {errno.ENOLCK, errno.EBADF, *_UNSUPPORTED}
 _SOMEBODY_WAS_QUICKER = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT}
 _ATTEMPTS = 100
-_REMEDY = {
-    errno.ENOSPC: "free some space or choose another disk",
-    errno.EDQUOT: "free some space or choose another disk",
-    errno.EACCES: "check the permissions",
-    errno.EPERM: "check the permissions",
-    errno.EROFS: "choose a disk that can be written",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.ENOTDIR: "a part of the path is a file; choose another path",
-    errno.ENOENT: "check the path",
-}
 
 
 @contextlib.contextmanager
@@ -82,18 +71,6 @@ def staged(out: Path, *, force: bool = False, replaceable: Callable[[Path], bool
             raise  # of the network, raised in the block: not about a file
         refusal = os_error(error, out)
         raise (_outward(refusal, temp, out) if temp else refusal) from error
-
-
-def os_error(error: OSError, where: object) -> FileError:
-    """`error` of the operating system as a FileError, with a remedy.
-
-    `where` stands in for a path that the error does not name.
-    """
-    if isinstance(error.filename, (str, os.PathLike)):
-        where = error.filename
-    what = error.strerror or type(error).__name__
-    fix = _REMEDY.get(error.errno or 0, "check the path and the disk")
-    return FileError(what[:1].lower() + what[1:], where=where, fix=fix)
 
 
 def _outward(error: FileError, temp: Path, out: Path) -> FileError:

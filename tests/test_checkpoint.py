@@ -22,11 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from adapterhub_lite import checkpoint
+from adapterhub_lite import writer as writing
 from adapterhub_lite.checkpoint import (
     ITEMSIZE,
     Checkpoint,
     TensorInfo,
-    TensorWriter,
     check_finite,
     dtype_name,
     is_finite,
@@ -34,6 +34,7 @@ from adapterhub_lite.checkpoint import (
     torch_dtype,
 )
 from adapterhub_lite.errors import FileError, OutputExists
+from adapterhub_lite.writer import TensorWriter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -166,12 +167,12 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
 
 
 def test_headers_need_no_torch() -> None:
-    code = "import adapterhub_lite.checkpoint, sys; assert not {'torch', 'numpy'} & set(sys.modules)"
+    code = "import adapterhub_lite.writer, sys; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
 
 
 def test_sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_BLOCK", 1000)
+    monkeypatch.setattr(checkpoint, "BLOCK", 1000)
     data = os.urandom(2500)
     (tmp_path / "x").write_bytes(data)
     assert sha256(tmp_path / "x") == hashlib.sha256(data).hexdigest()
@@ -529,7 +530,7 @@ def test_no_tensors_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("room", [0, 1, 30, 31, 1000])
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
 def test_any_metadata_fits(tmp_path: Path, room: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_BLOCK", block)
+    monkeypatch.setattr(writing, "BLOCK", block)
     tensors = {"a": torch.arange(35.0).reshape(5, 7), "b": torch.arange(9).to(torch.bfloat16)}
     metadata = {"z": "x" * 13, "format": "pt"}
     write_all(tmp_path / "x", tensors, metadata, room)
@@ -693,9 +694,10 @@ def test_a_tensor_that_failed_is_not_taken_for_written(tmp_path: Path, monkeypat
 
     with TensorWriter(tmp_path / "x", LAYOUT) as writer:
         writer.write("b", B)
-        with monkeypatch.context() as patch, pytest.raises(FileError, match="input/output error"):
+        with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", broken)
-            writer.write("a", A)
+            with pytest.raises(FileError, match="input/output error"):
+                writer.write("a", A)
         with pytest.raises(FileError, match="1 of 2 tensors were not written: one that failed"):
             writer.finish({})
     assert not (tmp_path / "x").exists()

@@ -472,7 +472,7 @@ def observed(out: Path) -> dict[str, bytes] | None:
                 handle = os.open(name, os.O_RDONLY, dir_fd=folder)
             except FileNotFoundError:  # it is being deleted, if it was replaced
                 continue
-            with open(handle, "rb") as file:  # noqa: PTH123
+            with open(handle, "rb") as file:
                 content[name] = file.read()
         same = os.path.samestat(os.fstat(folder), out.stat())
     finally:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..delta import Delta, LowRank
 from ..hookspecs import hookimpl
 from . import Site
+
+
+CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class ConvSite(Site):
@@ -44,15 +49,12 @@ class ConvSite(Site):
         A = delta.A.reshape(r, *self.weight_shape[1:]).repeat(g, *(1 for _ in self.weight_shape[1:]))  # (g·r, in/g, *k)
         B = delta.B.reshape(*delta.B.shape, *(1 for _ in self.kernel))  # (out, r, 1, …)
         hidden = self._convolve(conv, x, A)  # (batch, g·r, *size)
-        return delta.scale * _plain(conv)(hidden, B, groups=g)
+        return delta.scale * CONVOLVE[len(self.kernel)](hidden, B, groups=g)
 
     def _convolve(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor) -> Tensor:
         # The module's own convolution, so that its padding mode and stride are right; no bias.
-        return conv._conv_forward(x, weight, None)
-
-
-def _plain(conv: nn.Module):  # type: ignore[no-untyped-def]  # one of three overloads
-    return getattr(nn.functional, f"conv{conv.weight.ndim - 2}d")  # type: ignore[operator]
+        y: Tensor = conv._conv_forward(x, weight, None)
+        return y
 
 
 class Conv1dSite(ConvSite):

@@ -83,7 +83,7 @@ class Outcome:
 def run(checks: Sequence[Check], method: Method, expected_failures: Mapping[str, str] | None = None) -> list[Outcome]:
     """The outcome of every check; nothing that a method raises gets out."""
     expected = expected_failures or {}
-    _known(expected, checks)
+    known(expected, checks)
     return [_run(own, method, expected.get(own.name)) for own in checks]
 
 
@@ -91,22 +91,20 @@ def _run(own: Check, method: Method, expected: str | None) -> Outcome:
     try:
         detail = own(method)
     except CheckSkipped as skipped:
-        if expected is None:
-            return Outcome(own.name, "skip", str(skipped))
-        return Outcome(own.name, "FAIL", f"skipped ({skipped}), and a failure was expected: {expected}", _TAKE_OUT)
+        return Outcome(own.name, "skip", str(skipped))
     except CheckFailed as failed:
         if expected is None:
             return Outcome(own.name, "FAIL", failed.what, failed.fix)
         return Outcome(own.name, "xfail", f"{expected} ({failed.what})")
     if expected is None:
         return Outcome(own.name, "ok", detail)
-    return Outcome(own.name, "FAIL", f"passed, and a failure was expected: {expected}", _TAKE_OUT)
+    return Outcome(
+        own.name, "FAIL", f"passed, and a failure was expected: {expected}", "take it out of expected_failures"
+    )
 
 
-_TAKE_OUT = "take it out of expected_failures"
-
-
-def _known(expected: Mapping[str, str], checks: Sequence[Check]) -> None:
+def known(expected: Mapping[str, str], checks: Sequence[Check]) -> None:
+    """Raise `UnknownName` for an expected failure of no check, or for no reason."""
     names = {own.name for own in checks}
     for name, reason in expected.items():
         if name not in names:

@@ -59,7 +59,6 @@ def groups_partition_parameters(method: Method) -> str:
             require(
                 isinstance(lr, float) and math.isfinite(lr) and lr > 0, f"a group's lr is {lr!r}", fix="derive it from lr"
             )
-        torch.optim.AdamW(groups, lr=LR)  # refuses options that no optimizer has
         most = max(most, len(groups))
     return f"{most} groups" if most > 1 else "1 group"
 

@@ -75,7 +75,7 @@ def _conv1d() -> nn.Module:
 def _conv2d() -> nn.Module:
     return Stack(
         nn.Conv2d(3, 10, (3, 2), stride=(1, 2), padding=(2, 1)),
-        nn.Conv2d(10, 14, (2, 3), dilation=(1, 2), padding="same", groups=2),
+        nn.Conv2d(10, 14, (3, 5), dilation=(1, 2), padding="same", groups=2),
         nn.Conv2d(14, 9, 1, bias=False),
     )
 

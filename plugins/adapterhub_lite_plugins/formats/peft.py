@@ -13,9 +13,10 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from adapterhub_lite import ConfigError, FileError, Method, NotMergeable, hookimpl
-from adapterhub_lite.checkpoint import Checkpoint, TensorInfo, TensorWriter
+from adapterhub_lite.checkpoint import Checkpoint, TensorInfo, unpickle
 from adapterhub_lite.errors import nearest
 from adapterhub_lite.format import Contents, Format, SiteContents, Writer
+from adapterhub_lite.writer import TensorWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,9 +61,7 @@ class PeftFormat:
             raise FileError(
                 "a pickle can run code when it is read, so it is not",
                 where=folder / PICKLE,
-                fix="if you trust it, convert it in a process of its own: "
-                "python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', "
-                "weights_only=True), 'adapter_model.safetensors')\"",
+                fix=unpickle(PICKLE),
             )
         checkpoint = Checkpoint.open(folder / WEIGHTS)
         facts = _facts(checkpoint)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from adapterhub_lite import Site
 
 # Our names for PEFT's `init_lora_weights`. Those of PEFT that change the base weights are not among them.
-PEFT_INITS: Mapping[str, bool | str] = {
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "random"]
+PEFT_INITS: Mapping[Init, bool | str] = {
     "kaiming": True,
     "gaussian": "gaussian",
     "orthogonal": "orthogonal",
@@ -53,7 +54,7 @@ class LoRA(Method):
     alpha: float = 8
     rslora: bool = False
     dropout: float = 0.0
-    init_weights: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "random"] = "kaiming"
+    init_weights: Init = "kaiming"
     lora_bias: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -213,7 +214,7 @@ class LoRA(Method):
                 fix="convert it to a plain LoRA where it was trained, with PEFT's "
                 "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
             )
-        inits = {peft: ours for ours, peft in PEFT_INITS.items()}
+        inits: dict[bool | str, Init] = {peft: ours for ours, peft in PEFT_INITS.items()}
         if not config.pop("use_qalora", False):
             config.pop("qalora_group_size", None)
         config.pop("use_dora", None)

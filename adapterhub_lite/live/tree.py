@@ -1,0 +1,169 @@
+"""What adapters put into a model's tree: all state there is, so that copies, pickles and `.to()` see all of it.
+
+An adapted layer has one submodule named `adapters` (a `Slot`) with one submodule for each adapter (a `Part`: its
+tensors there), and one forward hook that reads them. What is true of the whole model lies on the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..protocol import Method, Params
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from ..site import Site
+
+SLOT = "adapters"  # the submodule of an adapted layer
+STATE = "_adapters_state"  # the attribute of the model
+
+
+class Part(nn.Module):
+    """The tensors of one adapter at one site. They are parameters; the frozen ones never require gradients."""
+
+    def __init__(self, method: Method, site: Site, tensors: Mapping[str, Tensor], trained: Collection[str]) -> None:
+        super().__init__()
+        # Names, because flags on the parameters would not survive load_state_dict(assign=True).
+        self.method, self.site, self.trained = method, site, tuple(name for name in tensors if name in trained)
+        weight = site.weight
+        for name, tensor in tensors.items():
+            own = tensor.detach().to(
+                device=weight.device,
+                dtype=adapter_dtype(weight.dtype) if tensor.is_floating_point() else tensor.dtype,
+                copy=True,
+                memory_format=torch.contiguous_format,
+            )
+            self.register_parameter(name, nn.Parameter(own, requires_grad=False))
+
+    def params(self) -> Params:
+        """Looked up anew at every call: loading and sharding replace tensors."""
+        return Params(cast("dict[str, Tensor]", self._parameters))
+
+    def adapted(self, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output with this adapter alone, in the adapter's dtype, whatever that of x and y is."""
+        dtype = y.dtype
+        for tensor in cast("dict[str, Tensor]", self._parameters).values():
+            if tensor.is_floating_point():
+                dtype = tensor.dtype
+                break
+        if x.dtype != dtype and x.is_floating_point():
+            x = x.to(dtype)
+        return self.method.forward(self.params(), x, y if y.dtype == dtype else y.to(dtype), self.site)
+
+
+class Step(NamedTuple):
+    """An adapter that is on at a site."""
+
+    part: Part
+    weight: float
+
+
+class Slot(nn.Module):
+    """The adapters at one site, and which of them are on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: tuple[Step, ...] = ()
+        self.hook: RemovableHandle | None = None
+        self.originals: dict[str, Tensor | None] = {}  # of the layer's parameters, while merged; None: it had none
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        return cast("dict[str, Part]", self._modules)
+
+
+@dataclass
+class State:
+    """What is true of the whole model."""
+
+    trainable: tuple[str, ...] = ()  # the base's parameters that were, before
+    methods: dict[str, Method] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)
+    merged: bool = False
+
+
+def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+    """The hook of every adapted layer. A function that copies and pickles refer to by its name: do not rename it."""
+    steps = cast("Slot", module._modules[SLOT]).steps
+    if not steps:
+        return None
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    if len(steps) == 1 and steps[0].weight == 1.0:
+        return steps[0].part.adapted(x, y).to(y.dtype)
+    total = y  # y + Σ wᵢ (yᵢ − y), which promotes y to the adapters' dtype: rounded once, at the end
+    for part, weight in steps:
+        total = total + weight * (part.adapted(x, y) - y)
+    return total.to(y.dtype)
+
+
+def adapter_dtype(base: torch.dtype) -> torch.dtype:
+    """That of an adapter on a weight of dtype `base`: float32, or wider if the weight is."""
+    return torch.promote_types(base, torch.float32)
+
+
+def state_of(model: nn.Module) -> State:
+    """The state that lies on `model`; a fresh one, lying nowhere, if it has none."""
+    return model.__dict__.get(STATE) or State()
+
+
+def freeze(model: nn.Module) -> State:
+    """The state on `model`, which is frozen and gets one if it has none."""
+    if STATE in model.__dict__:
+        return state_of(model)
+    for name, module in model.named_modules():
+        if STATE in module.__dict__:
+            raise ConfigError("this part of the model has been adapted by itself", where=name, fix="adapt that part")
+        if isinstance(module, Slot):
+            raise ConfigError("the model is part of one that was adapted", where=name, fix="adapt the whole model")
+    state = State(tuple(name for name, p in model.named_parameters() if p.requires_grad))
+    setattr(model, STATE, state)
+    for name in state.trainable:
+        model.get_parameter(name).requires_grad_(False)
+    return state
+
+
+def thaw(model: nn.Module) -> None:
+    """The model as it was before `freeze`."""
+    for name in state_of(model).trainable:
+        model.get_parameter(name).requires_grad_(True)
+    delattr(model, STATE)
+
+
+def slots(model: nn.Module) -> list[tuple[nn.Module, Slot]]:
+    """The adapted layers and their slots."""
+    found = ((module, module._modules.get(SLOT)) for module in model.modules())
+    return [(module, slot) for module, slot in found if isinstance(slot, Slot)]
+
+
+def attach(part: Part, name: str) -> None:
+    """Put `part` into its layer's slot, which is made if it is the first there."""
+    module = cast("nn.Module", part.site.module)
+    slot = module._modules.get(SLOT)
+    if not isinstance(slot, Slot):
+        slot = Slot()
+        module.add_module(SLOT, slot)
+        # First in line: what other hooks see (FSDP's, a user's) is the adapted output.
+        slot.hook = module.register_forward_hook(forward_hook, prepend=True, with_kwargs=True)
+    slot.add_module(name, part)
+    slot.train(module.training)
+
+
+def detach(module: nn.Module, slot: Slot, name: str) -> None:
+    """Take the part `name` out, if there is one, and the slot and the hook with the last."""
+    slot._modules.pop(name, None)
+    if not slot.parts:
+        if slot.hook is not None:
+            slot.hook.remove()
+        del module._modules[SLOT]
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules by name, without what adapters put there."""
+    return ((name, module) for name, module in model.named_modules() if not isinstance(module, (Slot, Part)))
