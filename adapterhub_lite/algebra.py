@@ -1,8 +1,8 @@
 """What can be computed with deltas: sum, inner product, norm, spectrum, optimal truncation, rounding.
 
 Every function is pure: it changes no argument and records no gradient. Whatever the
-dtype of the inputs, the arithmetic and the results are float64; only `total` may keep
-the inputs' dtype, and only where nothing was computed. A matrix (out, in) is written
+dtype of the inputs, the arithmetic and the results are float64; only `total` and `rounded`
+keep the dtype of a factor, where nothing was computed. A matrix (out, in) is written
 out only where a delta has no smaller form.
 
 For a low-rank delta s·BA, absolute errors below are in units of its size
@@ -42,8 +42,8 @@ def total(deltas: Sequence[Delta]) -> Delta:
     """The exact sum.
 
     Low-rank deltas are summed by placing their factors side by side. If all have one
-    dtype and one scale, the sum keeps both, and the stored bits; otherwise it is float64
-    with the scales multiplied into B. Sparse deltas give a Sparse one, its index sorted.
+    dtype and one scale, the sum keeps both, and the stored bits; otherwise the scales are
+    multiplied into B, in float64, and the A's keep a dtype that they share. Sparse deltas give a Sparse one, its index sorted.
     Anything mixed, and low-rank deltas whose ranks add up to more than min(out, in), is
     written out.
 
@@ -74,6 +74,8 @@ def total(deltas: Sequence[Delta]) -> Delta:
 
 def _low_rank_total(deltas: list[LowRank]) -> LowRank:
     parts = [delta for delta in deltas if delta.rank] or deltas[:1]
+    if len(parts) == 1:
+        return parts[0]
     kinds = {(delta.B.dtype, delta.A.dtype, delta.scale) for delta in parts}
     if len(kinds) == 1 and parts[0].B.dtype == parts[0].A.dtype:
         return LowRank(
@@ -81,9 +83,11 @@ def _low_rank_total(deltas: list[LowRank]) -> LowRank:
             torch.cat([delta.A for delta in parts], -2),
             parts[0].scale,
         )
+    # The A's are only placed side by side, so they keep their bits, and a common dtype.
+    same = len({delta.A.dtype for delta in parts}) == 1
     return LowRank(
         torch.cat([_scaled_b(delta) for delta in parts], -1),
-        torch.cat([_f64(delta.A) for delta in parts], -2),
+        torch.cat([delta.A.detach() if same else _f64(delta.A) for delta in parts], -2),
     )
 
 
@@ -247,16 +251,24 @@ def rounded(x: LowRank, dtype: torch.dtype) -> tuple[LowRank, LowRank]:
     """
     if not dtype.is_floating_point:
         raise ConfigError(f"{dtype} cannot hold an adapter", fix="choose a floating-point type")
-    B, A = _scaled_b(x), _f64(x.A)
-    stored = LowRank(_round_once(B, dtype), _round_once(A, dtype))
-    B_new, A_new = _f64(stored.B), _f64(stored.A)
-    ΔB, ΔA = B_new - B, A_new - A
-    largest = [_largest(ΔB), _largest(ΔA)]
-    if not all(map(math.isfinite, largest)):
-        raise NotMergeable(f"the factors are not finite in {dtype}", fix="choose a wider type")
-    halves = [LowRank(ΔB, A_new), LowRank(B, ΔA)]
-    lost = [half for half, change in zip(halves, largest, strict=True) if change]
-    return stored, _low_rank_total(lost or [LowRank(B[..., :0], A[..., :0, :])])
+    (B, B_new), (A, A_new) = _rounding(_scaled_b(x), dtype), _rounding(x.A.detach(), dtype)
+    lost = []
+    for new, old, half in ((B_new, B, 0), (A_new, A, 1)):
+        if new is old:
+            continue
+        change = _f64(new) - _f64(old)
+        if not math.isfinite(_largest(change)):
+            raise NotMergeable(f"the factors are not finite in {dtype}", fix="choose a wider type")
+        lost.append(LowRank(change, _f64(A_new)) if half == 0 else LowRank(_f64(B), change))
+    return LowRank(B_new, A_new), _low_rank_total(lost or [LowRank(_f64(B)[..., :0], _f64(A)[..., :0, :])])
+
+
+def _rounding(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x` before and after rounding to `dtype`: one and the same tensor if nothing is lost."""
+    new = x.to(dtype)
+    if torch.equal(new.to(x.dtype), x):
+        return new, new
+    return x, _round_once(_f64(x), dtype)
 
 
 def _round_once(x: Tensor, dtype: torch.dtype) -> Tensor:

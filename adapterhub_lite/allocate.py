@@ -61,21 +61,21 @@ def within_error(spectra: Mapping[str, Sequence[float]], cost: Mapping[str, int]
     if not max_error >= 0:
         raise ConfigError(f"the error allowed is {max_error}", fix="give a number from 0 to 1")
     classes = _by_cost(spectra, cost)
-    if max_error >= 1:
-        return dict.fromkeys(spectra, 0)
-    # The knapsack holds what is dropped, so its weights are energies: as integers, which add up
-    # exactly, and rounded up where they do not fit, so that the bound holds in any case.
-    energy = math.fsum(np.concatenate([c.energy for c in classes])) if classes else 0.0
-    exponent = 60 - math.frexp(energy)[1]
-    items = [
-        _Items(
-            np.full(len(c.energy), float(c.cost)),
-            np.ceil(np.ldexp(c.energy[::-1], exponent)).astype(np.int64),
-        )
-        for c in classes
-    ]
-    allowed = math.floor(math.ldexp(max_error**2 * energy, exponent))
-    dropped = _knapsack(items, allowed, float(math.gcd(*(c.cost for c in classes))))
+    allowed = min(max_error, 1.0) ** 2 * math.fsum(e for c in classes for e in c.energy.tolist())
+    # The knapsack holds what is dropped, the smallest first, and its weights are energies.
+    droppable = [c.energy[c.energy <= allowed][::-1] for c in classes]
+    most = math.fsum(e for energy in droppable for e in energy.tolist())
+    if most <= allowed:
+        dropped = [len(energy) for energy in droppable]
+    else:
+        # As integers they add up exactly; rounded up, they never add up to too little.
+        exponent = 60 - math.frexp(most)[1]
+        items = [
+            _Items(np.full(len(e), float(c.cost)), np.ceil(np.ldexp(e, exponent)).astype(np.int64))
+            for c, e in zip(classes, droppable, strict=True)
+        ]
+        unit = float(math.gcd(*(c.cost for c in classes)))
+        dropped = _knapsack(items, math.floor(math.ldexp(allowed, exponent)), unit)
     kept = [len(c.energy) - count for c, count in zip(classes, dropped, strict=True)]
     return _ranks(spectra, classes, kept)
 
@@ -97,7 +97,7 @@ def _by_cost(spectra: Mapping[str, Sequence[float]], cost: Mapping[str, int]) ->
         chosen = [(i, np.ldexp(values[name], exponent) ** 2) for i, name in enumerate(values) if cost[name] == price]
         energy = np.concatenate([e for _, e in chosen])
         module = np.concatenate([np.full(len(e), i) for i, e in chosen])
-        order = np.lexsort((module, -energy))
+        order = np.argsort(-energy, kind="stable")
         order = order[energy[order] > 0]
         classes.append(_Class(price, energy[order], module[order]))
     return classes

@@ -3,52 +3,168 @@
 PEFT's keys are regular expressions that must match a module's whole name, or all of it
 behind some dot; the first key that matches wins. A regular expression that comes with
 somebody's adapter can be made to run for ever, so none is ever given to `re`: the flat
-ones that people write (names, `.`, `\\d`, `[a-z]`, `*`, `+`, `?`, `{2,3}`, `(q|k|v)`) are
-matched here in time linear in the name, and others are refused.
+ones that people write (names, `.`, `\d`, `[a-z]`, `*`, `+`, `?`, `{2,3}`, `(q|k|v)`) are
+matched here, all at once, in time linear in the name, and others are refused.
 """
 
 from __future__ import annotations
 
 import re
-import string
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .errors import ConfigError
 
-WORD = frozenset(string.ascii_letters + string.digits + "_")
-DIGIT = frozenset(string.digits)
-PLAIN = re.compile(r"[A-Za-z0-9_.]+")
-LIMIT = 4096  # characters of a pattern, alternatives, or steps after expansion
+MAX_KEY = 4096  # characters
+MAX_ALTERNATIVES = 64  # of one key, when its groups are multiplied out
+MAX_UNITS = 1 << 15  # single characters that all keys together may match, when counts are multiplied out
+MAX_DEPTH = 32  # of groups in groups
+SPECIAL = frozenset("|()[]{}*+?^$")
 
 
 class Step(NamedTuple):
-    chars: frozenset[str] | None  # None: any character
-    negated: bool
-    least: int
-    most: int | None  # None: unbounded
+    """Some characters, and how many of them in a row."""
 
-    def takes(self, c: str) -> bool:
-        return self.chars is None or (c in self.chars) != self.negated
+    chars: frozenset[str]
+    classes: str = ""  # of "d" and "w", as in \d and \w
+    negated: bool = False
+    least: int = 1
+    most: int | None = 1  # None: unbounded
 
 
-def first_match(patterns: Iterable[str], name: str) -> str | None:
-    """The first of `patterns` that names the module `name`, as PEFT decides it.
+ANY = Step(frozenset(), negated=True)
 
-    >>> first_match(["k_proj", r"layers\\.\\d+\\.self_attn\\.(q|v)_proj"], "model.layers.11.self_attn.v_proj")
-    'layers\\\\.\\\\d+\\\\.self_attn\\\\.(q|v)_proj'
+
+class Patterns:
+    """The keys of one pattern table, ready to be asked about many modules.
+
+    >>> keys = Patterns(["k_proj", r"layers\.\d+\.self_attn\.(q|v)_proj"])
+    >>> keys.first("model.layers.11.self_attn.v_proj")
+    'layers\\.\\d+\\.self_attn\\.(q|v)_proj'
     """
-    return next((p for p in patterns if matches(p, name)), None)
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._keys = list(keys)
+        # Most keys are names, in which at most dots are wildcards. They are found by look-up: of names as long, with
+        # wildcards at the same places, by the other characters.
+        self._tails: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
+        self._wholes: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
+        others: list[tuple[int, bool, list[list[Step]]]] = []
+        for number, key in enumerate(self._keys):
+            if len(key) > MAX_KEY:
+                raise _refusal(key, "it is too long")
+            anchored, body = key.startswith("^"), key.removeprefix("^")
+            if body.endswith("$") and not body.endswith("\$"):
+                body = body[:-1]
+            name = _plain(body)
+            if name is None:
+                others.append((number, anchored, _parse(body, key, anchored)))
+            else:
+                index = self._wholes if anchored else self._tails
+                places = tuple(i for i, c in enumerate(name) if c is None)
+                text = "".join(c for c in name if c is not None)
+                index.setdefault(len(name), {}).setdefault(places, {}).setdefault(text, number)
+        self._automaton = _Automaton(others, self._keys)
+        self._known: dict[str, str | None] = {}
+
+    def first(self, name: str) -> str | None:
+        """The first key that names the module `name`, as PEFT decides it."""
+        if name not in self._known:
+            starts = [0, *(i + 1 for i, c in enumerate(name) if c == ".")]
+            found = [number for start in starts for number in _look_up(self._tails, name[start:])]
+            found += _look_up(self._wholes, name)
+            found += self._automaton.matching(name, starts)
+            self._known[name] = self._keys[min(found)] if found else None
+        return self._known[name]
 
 
 def matches(pattern: str, name: str) -> bool:
     """Whether `pattern` matches `name` wholly, or wholly what follows one of its dots."""
-    if PLAIN.fullmatch(pattern):  # nearly always: a module name, whose dots match any character
-        return _is_tail(pattern, name)
-    anchored, alternatives = _parse(pattern)
-    starts = [0] if anchored else [0, *(i + 1 for i, c in enumerate(name) if c == ".")]
-    return any(_matches_flat(steps, name, starts) for steps in alternatives)
+    return Patterns([pattern]).first(name) is not None
+
+
+def _look_up(index: dict[int, dict[tuple[int, ...], dict[str, int]]], text: str) -> Iterable[int]:
+    for places, numbers in index.get(len(text), {}).items():
+        rest, at = "", 0
+        for place in places:
+            rest, at = rest + text[at:place], place + 1
+        number = numbers.get(rest + text[at:])
+        if number is not None:
+            yield number
+
+
+class _Automaton:
+    """All keys that are more than names, simulated together: bit i of an integer says that state i is active.
+
+    A state stands before each unit, which takes one character, and one behind the last unit of each alternative
+    (Shift-And: Baeza-Yates and Gonnet 1992).
+    """
+
+    def __init__(self, keys: Sequence[tuple[int, bool, list[list[Step]]]], names: Sequence[str]) -> None:
+        self._anywhere = self._at_start = 0  # first states
+        self._ends: list[tuple[int, int]] = []  # number of the key, its last states
+        skip = loop = size = 0
+        units: dict[Step, int] = {}  # the states before units of one kind
+        for number, anchored, alternatives in keys:
+            ends = 0
+            for steps in alternatives:
+                if anchored:
+                    self._at_start |= 1 << size
+                else:
+                    self._anywhere |= 1 << size
+                for step in steps:
+                    kind = step._replace(least=1, most=1)
+                    for n in range(max(step.least, 1) if step.most is None else step.most):
+                        skip |= (n >= step.least) << size
+                        units[kind] = units.get(kind, 0) | 1 << size
+                        size += 1
+                        if size > MAX_UNITS:
+                            raise _refusal(names[number], "it makes the patterns too large")
+                    if step.most is None:
+                        loop |= 1 << (size - 1)
+                ends |= 1 << size
+                size += 1
+            self._ends.append((number, ends))
+        self._loop = loop
+        # Which units take a character: it depends on what kind of character it is, and on whether it is mentioned.
+        self._by_kind = {
+            kind: sum(where for step, where in units.items() if any(c in kind for c in step.classes) != step.negated)
+            for kind in ("wd", "w", "")
+        }
+        self._mentioned: dict[str, int] = {}
+        for step, where in units.items():
+            for c in step.chars:
+                if (where & self._by_kind[_kind(c)] != 0) == step.negated:
+                    self._mentioned[c] = self._mentioned.get(c, 0) | where
+        # For runs of units that may be skipped: whether 1, 2, 4, … of them in a row end at a state (Kogge-Stone).
+        self._fills, reach, shift = [], skip << 1, 1
+        while reach:
+            self._fills.append((shift, reach))
+            reach, shift = reach & reach << shift, 2 * shift
+
+    def matching(self, name: str, starts: Iterable[int]) -> list[int]:
+        """The numbers of the keys that match `name` from one of `starts` to its end."""
+        if not self._ends:
+            return []
+        begin, active = set(starts), 0
+        for position, c in enumerate(name):
+            if position in begin:
+                active |= self._anywhere if position else self._anywhere | self._at_start
+            active = self._skipped(active)
+            takers = self._by_kind[_kind(c)] ^ self._mentioned.get(c, 0)
+            active = (active & takers) << 1 | active & (takers & self._loop) << 1
+        active = self._skipped(active)
+        return [number for number, ends in self._ends if active & ends]
+
+    def _skipped(self, active: int) -> int:
+        for shift, reach in self._fills:
+            active |= reach & active << shift
+        return active
+
+
+def _kind(c: str) -> str:
+    """The classes that the character belongs to."""
+    return "wd" if c.isdecimal() else "w" if c.isalnum() or c == "_" else ""
 
 
 def literal(name: str) -> str:
@@ -90,41 +206,29 @@ def _is_tail(pattern: str, name: str) -> bool:
     return tail == pattern or all(p in (c, ".") for p, c in zip(pattern, tail, strict=True))
 
 
-def _matches_flat(steps: tuple[Step, ...], name: str, starts: list[int]) -> bool:
-    # States are (step, times it has matched, capped): the textbook simulation of an automaton.
-    def closure(states: set[tuple[int, int]]) -> set[tuple[int, int]]:
-        todo, seen = list(states), set(states)
-        while todo:
-            i, n = todo.pop()
-            if i < len(steps) and n >= steps[i].least and (i + 1, 0) not in seen:
-                seen.add((i + 1, 0))
-                todo.append((i + 1, 0))
-        return seen
-
-    begin, states = set(starts), set[tuple[int, int]]()
-    for position, c in enumerate(name):
-        if position in begin:
-            states = states | {(0, 0)}
-        states = {
-            (i, n + 1 if step.most is not None else min(n + 1, step.least))
-            for i, n in closure(states)
-            if i < len(steps) and ((step := steps[i]).most is None or n < step.most) and step.takes(c)
-        }
-    return (len(steps), 0) in closure(states)
+def _plain(body: str) -> list[str | None] | None:
+    """The characters of a pattern that is nothing but characters, None for any; None if it is more than that."""
+    found: list[str | None] = []
+    characters = iter(body)
+    for c in characters:
+        if c in SPECIAL:
+            return None
+        if c == "\":
+            c = next(characters, "")
+            if not c or c.isalnum():
+                return None
+            found.append(c)
+        else:
+            found.append(None if c == "." else c)
+    return found
 
 
-@lru_cache(maxsize=4096)
-def _parse(pattern: str) -> tuple[bool, tuple[tuple[Step, ...], ...]]:
-    """Whether the pattern is anchored at the name's start, and its alternatives as flat steps."""
-    if len(pattern) > LIMIT:
-        raise _refusal(pattern, "it is too long")
-    body = pattern.removeprefix("^")
-    if body.endswith("$") and not body.endswith("\\$"):
-        body = body[:-1]
-    alternatives, end = _alternatives(body, 0, pattern)
+def _parse(body: str, pattern: str, anchored: bool) -> list[list[Step]]:
+    """The alternatives of a pattern as flat sequences of steps."""
+    alternatives, end = _alternatives(body, 0, pattern, anchored)
     if end != len(body):
         raise _refusal(pattern, "a ')' has no '('")
-    return pattern.startswith("^"), tuple(tuple(a) for a in alternatives)
+    return alternatives
 
 
 def _alternatives(body: str, i: int, pattern: str, depth: int = 0) -> tuple[list[list[Step]], int]:

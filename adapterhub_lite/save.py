@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.linalg import vector_norm
+
 from . import algebra
 from ._version import __version__
 from .checkpoint import torch_dtype
@@ -142,7 +145,8 @@ def _one_site(source: WeightedSum, planned: Plan, writer: Writer | None, name: s
     stored, lost = algebra.rounded(algebra.low_rank(piece.delta).scaled(1 / c), dtype)
     lost_square = algebra.norm(algebra.total([*piece.lost, lost.scaled(c)])) ** 2
     size = algebra.norm(algebra.total([piece.delta, *(d.scaled(-1.0) for d in piece.lost)])) ** 2
-    if lost_square <= (NOISE * c * float(stored.B.double().norm() * stored.A.double().norm())) ** 2:
+    reach = c * float(vector_norm(stored.B, dtype=torch.float64) * vector_norm(stored.A, dtype=torch.float64))
+    if lost_square <= (NOISE * reach) ** 2:
         lost_square = 0.0
     part = planned.contents.sites.get(name)
     if part is None:  # rank 0: all of it is lost

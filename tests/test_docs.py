@@ -1,12 +1,12 @@
 """The documentation is run: its examples as they stand, its signatures against the code, its links.
 
-How a document is run, in a temporary folder with the adapters `sql` and `french` of the model
-folder `base`, copies of both under `out/`, and `plugins/adapterhub-lite-example`:
+How a document is run, in a temporary folder with the adapters `sql` and `french` (rank 8, alpha 16),
+copies of both under `out/`, their model in `base`, and `plugins/adapterhub-lite-example`:
 
 - ```python blocks run in order in one Python process, which starts at the first of them; a
   ```text block right below one is what it prints.
 - in ```console and ```sh blocks, lines with `$ ` are run; what follows is their output, where
-  any is shown. `# exit code 1` at the end of a line says what it exits with.
+  any is shown. It must succeed; `# exit code 1` behind it, or an error for output, says otherwise.
 - a block with `file=PATH` behind its language is written to that file and not run.
 - `...` in an output stands for anything.
 """
@@ -79,7 +79,7 @@ def commands(block: Block) -> Iterator[tuple[str, int, str]]:
     for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
         command, _, shown = part.replace("\\\n", "").partition("\n")
         code = EXIT_CODE.search(command)
-        yield EXIT_CODE.sub("", command), int(code[1]) if code else 0, shown
+        yield EXIT_CODE.sub("", command), int(code[1]) if code else int(shown.startswith("adapter: ")), shown
 
 
 class Runner:
@@ -136,8 +136,9 @@ def props(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the documents take for granted."""
     folder = tmp_path_factory.mktemp("props")
     LLAMA.build().save_pretrained(folder / "base")  # type: ignore[operator]
-    for seed, (name, rank) in enumerate((("sql", 8), ("french", 4))):
-        write_adapter(folder / name, LLAMA, rank=rank, alpha=2 * rank, seed=seed)
+    for seed, name in enumerate(("sql", "french")):
+        config = write_adapter(folder / name, LLAMA, rank=8, alpha=16, seed=seed) / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "my-org/base-7b"}))
         shutil.copytree(folder / name, folder / "out" / name)
     example = "plugins/adapterhub-lite-example"
     shutil.copytree(ROOT / example, folder / example, ignore=shutil.ignore_patterns("build", "*.egg-info", ".*", "__pycache__"))

@@ -192,10 +192,10 @@ def _check_free(plugin: str, module: str) -> None:
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def new(name: str, folder: Path, quiet: bool) -> None:
-    """Write a plugin package with a low-rank method that works, to be changed into NAME.
+    """Write the package of a plugin with a method NAME.
 
-    It has one module, a test that runs the conformance checks, and an entry point. docs/tutorial.md goes on from
-    there.
+    It has one module with a low-rank method that works, to be changed into yours, a test that runs the conformance
+    checks, and an entry point. docs/tutorial.md goes on from there.
     """
     module, *others = scaffold(name, folder)
     if quiet:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from ..errors import ConfigError, UnknownName, nearest
 from ..protocol import Method
@@ -55,8 +54,8 @@ def site_of(model: nn.Module, name: str, method: Method) -> Site:
     weight = module._parameters.get("weight")
     if weight is None:
         raise _refusal(model, name, "the weight is computed at each call (parametrized, or weight_norm)")
-    if weight.is_meta or is_lazy(weight):
-        raise ConfigError("the weight has no values yet", where=name, fix="load or initialise the model first")
+    if weight.is_meta:
+        raise ConfigError("the weight has no values yet", where=name, fix="load the model first")
     if kind.kind not in method.site_kinds:
         claims = ", ".join(sorted(method.site_kinds))
         raise _refusal(model, name, f"method {method.name!r} adapts no layer of kind {kind.kind!r}, only {claims}")

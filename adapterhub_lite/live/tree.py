@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import ConfigError
 from ..protocol import Method, Params
@@ -122,6 +123,9 @@ def freeze(model: nn.Module) -> State:
             raise ConfigError("this part of the model has been adapted by itself", where=name, fix="adapt that part")
         if isinstance(module, Slot):
             raise ConfigError("the model is part of one that was adapted", where=name, fix="adapt the whole model")
+    for name, p in model.named_parameters():
+        if is_lazy(p):
+            raise ConfigError("the parameter has no shape yet", where=name, fix="call the model once")
     state = State(tuple(name for name, p in model.named_parameters() if p.requires_grad))
     setattr(model, STATE, state)
     for name in state.trainable:

@@ -27,7 +27,16 @@ from .check import Outcome as Outcome
 from .check import known, run
 from .check import report as report
 
-__all__ = ["Check", "CheckFailed", "CheckSkipped", "Outcome", "check_method", "checks_for", "parametrize_checks", "report"]
+__all__ = [
+    "Check",
+    "CheckFailed",
+    "CheckSkipped",
+    "Outcome",
+    "check_method",
+    "checks_for",
+    "parametrize_checks",
+    "report",
+]
 
 _TOPICS = (declared, initial, weights, gradients, low_rank, stored, attached)
 _CHECKS: tuple[Check, ...] = tuple(own for topic in _TOPICS for own in topic.CHECKS)
@@ -64,9 +73,7 @@ def check_method(method: Method, expected_failures: Mapping[str, str] | None = N
     return found
 
 
-def parametrize_checks(
-    *methods: Method, expected_failures: Mapping[str, str] | None = None
-) -> Callable[[F], F]:
+def parametrize_checks(*methods: Method, expected_failures: Mapping[str, str] | None = None) -> Callable[[F], F]:
     """Parametrize a pytest test by `method` and `check`: one test for each check of each method.
 
     `expected_failures` maps the names of checks to the reason why they fail; one that passes is a failure.

@@ -45,9 +45,9 @@ class Check:
         return next((why for need in self.needs if (why := need(method)) is not None), None)
 
     def __call__(self, method: Method) -> str:
-        if (why := self.skipped(method)) is not None:
-            raise CheckSkipped(why)
         try:
+            if (why := self.skipped(method)) is not None:
+                raise CheckSkipped(why)
             return self.rule(method)
         except (CheckFailed, CheckSkipped):
             raise
@@ -121,12 +121,13 @@ def report(outcomes: Sequence[Outcome]) -> str:
            fix: copy it
     """
     width = max((len(o.name) for o in outcomes), default=0)
-    lines = []
-    for o in outcomes:
-        lines.append(f"{o.state:<5}  {o.name.ljust(width)}  {o.detail}".rstrip())
-        if o.state == "FAIL":
-            lines.append(f"{'':<5}  fix: {o.fix}")
-    return "\n".join(lines)
+    return "\n".join(line(o, width) for o in outcomes)
+
+
+def line(o: Outcome, width: int) -> str:
+    """One outcome, its name in a column `width` wide."""
+    text = f"{o.state:<5}  {o.name.ljust(width)}  {o.detail}".rstrip()
+    return f"{text}\n{'':<5}  fix: {o.fix}" if o.state == "FAIL" else text
 
 
 def require(condition: bool, what: str, *, fix: str) -> None:

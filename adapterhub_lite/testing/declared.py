@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import re
+import typing
 from urllib.parse import urlsplit
 
 from .. import options
-from ..errors import AdapterError, ConfigError, nearest
+from ..errors import ConfigError, nearest
 from ..protocol import Method
 from ..registry import registry
-from .check import check, require
+from .check import check, one_line, require
 from .zoo import EXAMPLES
 
 NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
@@ -39,7 +41,9 @@ def documented(method: Method) -> str:
     require(written, f"{cls.__name__} has no docstring", fix="say what the method is, and what its options mean")
     silent = [f.name for f in dataclasses.fields(method) if not re.search(rf"\b{f.name}\b", text)]
     require(
-        not silent, f"the docstring does not mention {', '.join(silent)}", fix="say what every option means, by its name"
+        not silent,
+        f"the docstring does not mention {', '.join(silent)}",
+        fix="say what every option means, by its name",
     )
     return f"{len(inspect.cleandoc(text).splitlines())} lines"
 
@@ -56,7 +60,9 @@ def site_kinds_are_known(method: Method) -> str:
     unknown = sorted(claimed - known.keys())
     require(not unknown, f"no plugin gives the site kind {unknown[:1]}", fix=nearest((unknown or [""])[0], known))
     untried = sorted(claimed - {kind for kind, example in EXAMPLES.items() if example.available})
-    return f"{len(claimed)} kinds" + (f"; without an example layer, so not tried: {', '.join(untried)}" if untried else "")
+    return f"{len(claimed)} kinds" + (
+        f"; without an example layer, so not tried: {', '.join(untried)}" if untried else ""
+    )
 
 
 @check()
@@ -85,21 +91,22 @@ def wrong_options_are_refused(method: Method) -> str:
     plain = options.plain(method)
     wrong: list[tuple[str, object]] = [(f"{next(iter(plain), 'rank')}_of_no_such_option", 1)]
     wrong += [(name, object()) for name in plain]
-    wrong += [(name, str(value)) for name, value in plain.items() if type(value) in (bool, int, float)]
-    wrong += [(name, float("nan")) for name, value in plain.items() if type(value) is float]
+    hints = typing.get_type_hints(type(method))
+    wrong += [(name, str(value)) for name, value in plain.items() if hints[name] in (bool, int, float)]
+    wrong += [(name, math.nan) for name in plain if hints[name] is float]
     for name, value in wrong:
-        shown = "of the wrong type" if name in plain else "that does not exist"
+        shown = f"{name}={value!r}" if isinstance(value, (str, int, float)) else f"{name} set to a plain object"
         try:
             options.build(type(method), {**plain, name: value}, owner=method.name)
         except ConfigError as error:
             require(name in str(error), f"the error for {name} does not name it: {error}", fix="name the option")
-        except (AdapterError, TypeError, ValueError) as error:
-            require(False, f"{name}={value!r} raises {type(error).__name__}", fix="let Method.__post_init__ validate first")
+        except Exception as error:
+            require(False, f"{shown} raises {one_line(error)}", fix="let Method.__post_init__ validate first")
         else:
             require(
                 False,
-                f"an option {shown} is accepted: {name}={value if isinstance(value, (str, int, float)) else 'an object'!r}",
-                fix="keep Method.__post_init__, which validates, and put your own conditions into check()",
+                f"{shown} is accepted",
+                fix="keep Method.__post_init__, which validates; conditions go to check()",
             )
     return f"{len(wrong)} tried"
 

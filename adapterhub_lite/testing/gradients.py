@@ -57,7 +57,9 @@ def groups_partition_parameters(method: Method) -> str:
         for group in groups:
             lr = group.get("lr", LR)
             require(
-                isinstance(lr, float) and math.isfinite(lr) and lr > 0, f"a group's lr is {lr!r}", fix="derive it from lr"
+                isinstance(lr, float) and math.isfinite(lr) and lr > 0,
+                f"a group's lr is {lr!r}",
+                fix="derive it from lr",
             )
         most = max(most, len(groups))
     return f"{most} groups" if most > 1 else "1 group"

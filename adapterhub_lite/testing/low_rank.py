@@ -34,7 +34,9 @@ def delta_needs_no_module(method: Method) -> str:
             fix="compute it from the tensors and site.shape alone, or declare reads_weight",
         )
         require(
-            want.shape == cell.site.shape, f"ΔW {want.shape} of a {cell}, not {cell.site.shape}", fix="use the matrix form"
+            want.shape == cell.site.shape,
+            f"ΔW {want.shape} of a {cell}, not {cell.site.shape}",
+            fix="use the matrix form",
         )
     return ""
 
@@ -92,7 +94,9 @@ def arithmetic_is_linear(method: Method) -> str:
             # Dense first, then summed: what algebra does with factors must come to the same.
             want = 0.7 * a[name].delta().dense() - 0.3 * b[name].delta().dense()
             off = difference(mix.delta(name).dense(), want)
-            within(off, EXACT, f"0.7 a - 0.3 b is off on a {a[name]}", fix="return LowRank, Sparse or Dense as they are")
+            within(
+                off, EXACT, f"0.7 a - 0.3 b is off on a {a[name]}", fix="return LowRank, Sparse or Dense as they are"
+            )
             worst = max(worst, off)
         within(
             float(mix.error),
@@ -118,7 +122,10 @@ def _carried(carrier: Method, site: Site, rank: int, scale: float, with_bias: bo
     require(not lacking, f"factors() lacks {', '.join(lacking)}", fix="give all that tensor_shapes() names")
     p = Params({key: given[key].reshape(shape) for key, shape in shapes.items()})
     got, kept = carrier.delta(p, site), carrier.delta_bias(p, site)
-    off = max(difference(got.dense(), want.dense()), difference(zero if kept is None else kept, zero if bias is None else bias))
+    off = max(
+        difference(got.dense(), want.dense()),
+        difference(zero if kept is None else kept, zero if bias is None else bias),
+    )
     return max(off, abs(got.scale - scale)) if isinstance(got, LowRank) else off
 
 

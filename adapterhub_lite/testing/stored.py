@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..adapter import Adapter
-from ..algebra import norm, total
 from ..protocol import Method, Params
-from ..source import Stored, stored
+from ..site import Site
+from ..source import Stored, make_site, stored
 from .capability import has_delta, in_peft
 from .check import check, require, within
-from .zoo import Cell, bits, cells, changed, difference, examples, has_example
+from .zoo import Cell, bits, cells, changed, difference, examples, has_example, sibling
 
 TINY = 1e-30  # a norm to divide by where ΔW is zero
+ROUNDING = 1e-12  # of float64
 
 
 @check(has_example, in_peft)
@@ -24,10 +26,10 @@ def save_and_load(method: Method) -> str:
     """A saved adapter comes back with the same tensors, bit by bit, and the same delta at every site."""
     tensors = 0
     for example in examples(method):
-        for dtype in (torch.float32, torch.bfloat16):
-            made = cells(method, example, dtype=dtype)
+        for own, dtype in zip((method, sibling(method)), (torch.float32, torch.bfloat16), strict=True):
+            made = cells(own, example, dtype=dtype)
             with tempfile.TemporaryDirectory() as folder:
-                error = _adapter(method, made).save(Path(folder, "adapter"))
+                error = _adapter(own, made).save(Path(folder, "adapter"))
                 back = stored(Path(folder, "adapter"))
                 require(
                     back.sites.keys() == made.keys(),
@@ -35,7 +37,7 @@ def save_and_load(method: Method) -> str:
                     fix="check peft_keys() and place()",
                 )
                 for name, cell in made.items():
-                    tensors += _same_tensors(method, cell, back, name)
+                    tensors += _same_tensors(cell, back, name)
                     if has_delta(method) is None and not method.reads_weight:
                         _same_delta(cell, back, name, error.modules[name])
     return f"{tensors} tensors, bit-equal" if tensors else "as a low-rank sum, within the stated error"
@@ -68,7 +70,7 @@ def _adapter(method: Method, made: Mapping[str, Cell]) -> Adapter:
     return Adapter.of(method, sites, {name: cell.p for name, cell in made.items()})
 
 
-def _same_tensors(method: Method, cell: Cell, back: Stored, name: str) -> int:
+def _same_tensors(cell: Cell, back: Stored, name: str) -> int:
     """Compare the tensors if the file has the method's own; the number of them."""
     layout = {key for names in cell.method.peft_keys().values() for key in names}
     if not cell.p.keys() <= layout:
@@ -84,19 +86,24 @@ def _same_tensors(method: Method, cell: Cell, back: Stored, name: str) -> int:
 
 def _same_delta(cell: Cell, back: Stored, name: str, stated: float) -> None:
     """ΔW and bias of the file against those of the tensors in memory; `stated` is the error that saving told."""
-    p = Params({key: t.detach() for key, t in cell.p.items()})
-    want, bias = cell.method.delta(p, cell.site), cell.method.delta_bias(p, cell.site)
-    got, zero = back.piece(name), torch.zeros(())
-    off = max(
-        norm(total([got.delta, want.scaled(-1.0)])) / max(norm(want), TINY),
-        difference(zero if got.bias is None else got.bias, zero if bias is None else bias),
-    )
+    theirs, site = back.own.method.at(name), make_site(name, back.sites[name])
+    want, change = _dense(cell.method, cell.p, cell.site)
+    got, other = _dense(theirs, back.params(name), site)
+    off = max(float((got - want).norm()) / max(float(want.norm()), TINY), difference(other, change))
     within(
         off,
-        1.01 * stated + 1e-12,
+        1.01 * stated + ROUNDING,
         f"another delta or bias from the file on a {cell}",
         fix="check to_peft() and from_peft(): every option that delta() reads must come back",
     )
+
+
+def _dense(method: Method, params: Params, site: Site) -> tuple[Tensor, Tensor]:
+    """ΔW and the change of the bias, computed in float64."""
+    p = Params({key: t.detach().double() if t.is_floating_point() else t for key, t in params.items()})
+    bias = method.delta_bias(p, site)
+    W = method.delta(p, site).dense()
+    return W, W.new_zeros(len(W)) if bias is None else bias
 
 
 CHECKS = (save_and_load, files_are_reproducible)

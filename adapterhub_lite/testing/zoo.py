@@ -29,12 +29,11 @@ if TYPE_CHECKING:
 
 
 class Stack(nn.Module):
-    """Layers named `first`, `second`, `third`, with tanh between them."""
+    """Three layers with tanh between them."""
 
-    def __init__(self, *layers: nn.Module) -> None:
+    def __init__(self, first: nn.Module, second: nn.Module, third: nn.Module) -> None:
         super().__init__()
-        for name, layer in zip(("first", "second", "third"), layers, strict=True):
-            self.add_module(name, layer)
+        self.first, self.second, self.third = first, second, third
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
@@ -51,7 +50,8 @@ class Lookup(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
-        return torch.tanh(self.first(ids)) * self.second(positions)
+        y: Tensor = torch.tanh(self.first(ids)) * self.second(positions)
+        return y
 
 
 def _linear() -> nn.Module:
@@ -61,7 +61,7 @@ def _linear() -> nn.Module:
 def _transposed() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
-    return Stack(Conv1D(20, 12), Conv1D(28, 20), Conv1D(8, 28))
+    return Stack(*(Conv1D(out, into) for into, out in ((12, 20), (20, 28), (28, 8))))  # type: ignore[no-untyped-call]
 
 
 def _conv1d() -> nn.Module:
@@ -207,7 +207,7 @@ def cells(
         here = method.at(name)
         start = here.init(site, generator(seed, name))
         trained = frozenset(key for key, t in start.items() if isinstance(t, nn.Parameter))
-        p = {key: t.detach().to(dtype) for key, t in start.items()}
+        p = {key: t.detach().to(dtype if t.is_floating_point() else t.dtype) for key, t in start.items()}
         if not fresh:
             p.update({key: moved(p[key], seed, f"{name}.{key}") for key in trained})
         leaves = {key: nn.Parameter(t) if key in trained else t for key, t in p.items()}
@@ -215,17 +215,26 @@ def cells(
     return made
 
 
-def each_cell(method: Method, *, seed: int = 0, dtype: torch.dtype = torch.float64, fresh: bool = False) -> Iterator[Cell]:
-    """As `cells`, over all examples."""
-    for example in examples(method):
-        yield from cells(method, example, seed=seed, dtype=dtype, fresh=fresh).values()
+def each_cell(
+    method: Method, *, seed: int = 0, dtype: torch.dtype = torch.float64, fresh: bool = False
+) -> Iterator[Cell]:
+    """As `cells`, over all examples and both variants."""
+    for own in variants(method):
+        for example in examples(own):
+            yield from cells(own, example, seed=seed, dtype=dtype, fresh=fresh).values()
 
 
 def moved(t: Tensor, seed: int, name: str) -> Tensor:
-    """`t` with noise of its own size added, so that no tensor is left at zero; exact in bfloat16 too."""
+    """`t` with noise of its own size added, so that no tensor is left at zero, or near it; exact in bfloat16 too."""
     noise = torch.randn(t.shape, generator=generator(seed, f"moved {name}")).to(t)
     size = t.square().mean().sqrt()
-    return (t + 0.3 * (size if size > 0 else 1.0) * noise).bfloat16().to(t.dtype).detach()
+    return (t + 0.3 * (size if size > 1e-3 else 1.0) * noise).bfloat16().to(t.dtype).detach()
+
+
+def variants(method: Method) -> list[Method]:
+    """The method, and its sibling: with another rank the scaling is another too, and a default of 1 hides mistakes."""
+    other = sibling(method)
+    return [method] if other == method else [method, other]
 
 
 def sibling(method: Method) -> Method:

@@ -1,0 +1,88 @@
+"""`adapter plugin`: write a plugin package, and check the method of one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from .. import options
+from ..errors import AdapterError, ConfigError, PluginError, printable
+from ..registry import registry
+from .output import print_json
+from .scaffold import new
+
+if TYPE_CHECKING:
+    from ..protocol import Method
+    from ..registry import Plugin
+
+
+@click.group()
+def plugin() -> None:
+    """Write a plugin package, and check it."""
+
+
+plugin.add_command(new)
+
+
+@plugin.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def check(name: str, as_json: bool) -> int:
+    """Check that the method NAME keeps the promises of every method.
+
+    It is tried with its default options on layers of every kind that it claims. For other options, and for failures that are expected,
+    write a test with adapterhub_lite.testing.parametrize_checks. Exit code: 0 if all checks pass, 1 if one fails, 2 if
+    there is no such method or it cannot be loaded.
+    """
+    try:
+        method, origin = _load(name)
+    except AdapterError as error:
+        click.echo(f"adapter: {error}", err=True)
+        return 2
+    from ..testing import checks_for
+    from ..testing.check import line, run
+
+    checks = checks_for(method)
+    width = max(len(own.name) for own in checks)
+    if not as_json:
+        click.echo(f"plugin {origin.name} from {printable(origin.origin)}, which gives {', '.join(origin.gives)}")
+    outcomes = []
+    for own in checks:
+        outcomes += run([own], method)
+        if not as_json:
+            click.echo(line(outcomes[-1], width))
+    failed = [o.name for o in outcomes if o.state == "FAIL"]
+    skipped = [o.name for o in outcomes if o.state == "skip"]
+    if as_json:
+        print_json(
+            {
+                "method": name,
+                "options": options.plain(method),
+                "plugin": vars(origin),
+                "passed": not failed,
+                "checks": [vars(o) for o in outcomes],
+            }
+        )
+    else:
+        passed = len(outcomes) - len(failed) - len(skipped)
+        click.echo(f"{passed} ok, {len(failed)} failed, {len(skipped)} skipped")
+    return 1 if failed else 0
+
+
+def _load(name: str) -> tuple[Method, Plugin]:
+    """The method with its default options, and the plugin that gives it. Raises `AdapterError`."""
+    cls = registry().method(name)
+    origin = next(p for p in registry().plugins() if f"method {name}" in p.gives)
+    try:
+        method = cls()
+        options.plain(method)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"method {name!r} cannot be made with its default options: {type(error).__name__}: {error}",
+            where=origin.origin,
+            fix="give every option a default, or check it in a test with parametrize_checks",
+        ) from error
+    return method, origin
