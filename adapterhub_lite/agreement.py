@@ -41,6 +41,10 @@ def common(parts: Mapping[str, Contents], *, any_base: bool = False, keep: str |
     tasks = {own.task for own in parts.values()}
     suffixes = [own.targets for own in parts.values()]
     kept, options = _kept(parts, keep)
+    _apart(parts, kept, options)
+    # A module that is trained whole is no target, whatever it is called: without it, its parts would be.
+    if any(own.kept_options.get("modules_to_save") != options.get("modules_to_save") for own in parts.values()):
+        suffixes.append(None)
     return replace(
         first,
         sites={},
@@ -106,8 +110,23 @@ def _kept(parts: Mapping[str, Contents], keep: str | None) -> tuple[dict[str, An
     return dict(first.kept), dict(first.kept_options) if first.kept else {}
 
 
+def _apart(parts: Mapping[str, Contents], kept: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise `NotMergeable` if a module would have both an adapter and values that replace it."""
+    rows = {key.removesuffix(".token_adapter.trainable_tokens_delta") for key in kept if ".token_adapter." in key}
+    for label, own in parts.items():
+        for site in own.sites:
+            whole = next((m for m in options.get("modules_to_save", ()) if f".{m}." in f".{site}."), None)
+            if whole is not None or any(row.endswith(f".{site}") for row in rows):
+                raise NotMergeable(
+                    f"{label} adapts {site!r}, which another adapter replaces "
+                    + (f"(modules_to_save: {whole})" if whole is not None else "in part (trainable_token_indices)"),
+                    fix="leave one of the two out, or pass --keep none to drop the values that replace the base's",
+                )
+
+
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: sorted(value) if isinstance(value, list) else value for key, value in options.items()}
+    """Names in any order; the order of token indices is that of the rows."""
+    return {key: sorted(value) if key == "modules_to_save" else value for key, value in options.items()}
 
 
 def _equal(a: TensorInfo, b: TensorInfo) -> bool:

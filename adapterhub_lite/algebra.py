@@ -43,9 +43,9 @@ def total(deltas: Sequence[Delta]) -> Delta:
 
     Low-rank deltas are summed by placing their factors side by side. If all have one
     dtype and one scale, the sum keeps both, and the stored bits; otherwise the scales are
-    multiplied into B, in float64, and the A's keep a dtype that they share. Sparse deltas give a Sparse one, its index sorted.
-    Anything mixed, and low-rank deltas whose ranks add up to more than min(out, in), is
-    written out.
+    multiplied into B, in float64, and the A's keep a dtype that they share. Sparse deltas
+    give a Sparse one, its index sorted. Anything mixed, and low-rank deltas whose ranks add
+    up to more than min(out, in), is written out.
 
     >>> B, A = torch.ones(5, 1), torch.ones(1, 4)
     >>> both = total([LowRank(B, A, 2.0), LowRank(B, A, -0.5)])
@@ -254,11 +254,11 @@ def rounded(x: LowRank, dtype: torch.dtype) -> tuple[LowRank, LowRank]:
     (B, B_new), (A, A_new) = _rounding(_scaled_b(x), dtype), _rounding(x.A.detach(), dtype)
     lost = []
     for new, old, half in ((B_new, B, 0), (A_new, A, 1)):
+        if not math.isfinite(_largest(new)):  # an infinity rounds to itself, as if nothing were lost
+            raise NotMergeable(f"the factors are not finite in {dtype}", fix="choose a wider type")
         if new is old:
             continue
         change = _f64(new) - _f64(old)
-        if not math.isfinite(_largest(change)):
-            raise NotMergeable(f"the factors are not finite in {dtype}", fix="choose a wider type")
         lost.append(LowRank(change, _f64(A_new)) if half == 0 else LowRank(_f64(B), change))
     return LowRank(B_new, A_new), _low_rank_total(lost or [LowRank(_f64(B)[..., :0], _f64(A)[..., :0, :])])
 

@@ -33,7 +33,14 @@ class WeightedSum:
 
     @cached_property
     def contents(self) -> Mapping[str, Contents]:
-        return {name: own for _, source in self.terms for name, own in source.contents.items()}
+        found: dict[str, Contents] = {}
+        for _, source in self.terms:
+            for name, own in source.contents.items():
+                label, n = name, 1
+                while found.setdefault(label, own) is not own:  # two of one name, in memory say
+                    n += 1
+                    label = f"{name} ({n})"
+        return found
 
     @cached_property
     def sites(self) -> Mapping[str, SiteContents]:
@@ -71,7 +78,8 @@ class Truncated:
     """The nearest adapter of lower rank (Eckart and Young 1936).
 
     Exactly one of `rank` (at every site), `max_error` (relative, over all sites) and `budget` (bytes of tensors,
-    `itemsize` a number) is given; the latter two choose the ranks of all sites together, optimally.
+    `itemsize` a number, less those `reserved` for others) is given; the latter two choose the ranks of all sites
+    together, optimally.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class Truncated:
         max_error: float | None = None,
         budget: int | None = None,
         itemsize: int = 4,
+        reserved: int = 0,
     ) -> None:
         if sum(x is not None for x in (rank, max_error, budget)) != 1:
             raise ConfigError("a truncation needs one of rank, max_error and budget")
@@ -91,7 +100,8 @@ class Truncated:
             raise ConfigError(f"max_error {max_error} is not between 0 and 1", fix="give a relative error, say 0.01")
         if budget is not None and budget < 1:
             raise ConfigError(f"budget {budget} bytes is not positive")
-        self.of, self.rank, self.max_error, self.budget, self.itemsize = of, rank, max_error, budget, itemsize
+        self.of, self.rank, self.max_error, self.budget = of, rank, max_error, budget
+        self.itemsize, self.reserved = itemsize, reserved
         self.promised, self.tightenings = max_error or 0.0, 0  # `max_error` is to hold after rounding too
 
     @property
@@ -119,10 +129,23 @@ class Truncated:
         if self.max_error is not None:
             return within_error(self._spectra, cost, self.max_error)
         assert self.budget is not None
-        ranks = within_budget(self._spectra, cost, self.budget)
+        fixed = self.reserved
+        if any(self.of.extent(name).bias for name in self.sites):
+            fixed += self.itemsize * sum(part.shape[0] for part in self.sites.values())
+        ranks = within_budget(self._spectra, cost, max(self.budget - fixed, 0))
         if not any(ranks.values()):
-            raise ConfigError(f"{self.budget} bytes hold no rank at all", fix=f"allow at least {min(cost.values())}")
+            beside = f" beside {fixed} of biases, heads and the like" if fixed else ""
+            least = fixed + min(cost.values())
+            raise ConfigError(f"{self.budget} bytes hold no rank at all{beside}", fix=f"allow at least {least}")
         return ranks
+
+    def storing(self, itemsize: int, reserved: int) -> Truncated:
+        """The same, with a budget that is shared with `reserved` bytes; the spectra are not computed again."""
+        if self.budget is None or (itemsize, reserved) == (self.itemsize, self.reserved):
+            return self
+        other = Truncated(self.of, budget=self.budget, itemsize=itemsize, reserved=reserved)
+        other.__dict__["_spectra"] = self._spectra
+        return other
 
     def tightened(self, max_error: float) -> Truncated:
         """The same promise kept with a smaller cut; the spectra are not computed again."""
@@ -139,12 +162,15 @@ class Truncated:
         return math.sqrt(cut / total) if total else 0.0
 
     def extent(self, site: str) -> Extent:
-        return Extent(self.ranks[site], frozenset({1.0}), self.of.extent(site).bias)
+        whole = self.of.extent(site)
+        return whole if self.ranks[site] >= whole.rank else Extent(self.ranks[site], frozenset({1.0}), whole.bias)
 
     def piece(self, site: str) -> Piece:
         from . import algebra
 
         whole = self.of.piece(site)
+        if self.ranks[site] >= self.of.extent(site).rank:  # its own factors have fewer roundings behind them
+            return whole
         kept, dropped = algebra.truncate(whole.delta, self.ranks[site])
         return Piece(kept, (*whole.lost, dropped.scaled(-1.0)), whole.bias)
 

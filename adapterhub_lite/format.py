@@ -63,7 +63,7 @@ class Contents:
     task: str | None = None
     """PEFT's task type."""
     kept: Mapping[str, Any] = field(default_factory=dict)
-    """Whole values that replace the base's (trained heads, biases, token rows), by key in the file."""
+    """Whole values that replace the base's (trained heads, biases, token rows), by the key that a format gives them."""
     kept_options: Mapping[str, Any] = field(default_factory=dict)
     """The config entries that those belong to."""
     targets: tuple[str, ...] | None = None
@@ -86,6 +86,8 @@ class Format(Protocol):
     """A dialect of adapter folders."""
 
     name: str
+    carrier: str
+    """The method whose adapters can hold any low-rank delta in this format."""
 
     def recognises(self, folder: Path) -> bool:
         """Whether the folder claims to be of this format (it may still be broken)."""

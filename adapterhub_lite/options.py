@@ -8,6 +8,7 @@ float (finite; an int will do), str, None, Literal, unions, `tuple[X, ...]` and
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -21,7 +22,7 @@ T = TypeVar("T")
 
 def validate(options: Any, *, owner: str) -> None:
     """Raise `ConfigError` if a field of the dataclass `options` has a value of the wrong type."""
-    hints = typing.get_type_hints(type(options))
+    hints = _hints(type(options))
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if not _fits(value, hints[field.name]):
@@ -53,6 +54,11 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
@@ -64,10 +70,17 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is not None and issubclass(origin, Mapping):
         return isinstance(value, Mapping) and all(isinstance(k, str) and _fits(v, args[1]) for k, v in value.items())
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and _finite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return value is None if hint is type(None) else isinstance(value, hint)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
 
 
 def _describe(hint: Any) -> str:

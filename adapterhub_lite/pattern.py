@@ -3,14 +3,14 @@
 PEFT's keys are regular expressions that must match a module's whole name, or all of it
 behind some dot; the first key that matches wins. A regular expression that comes with
 somebody's adapter can be made to run for ever, so none is ever given to `re`: the flat
-ones that people write (names, `.`, `\d`, `[a-z]`, `*`, `+`, `?`, `{2,3}`, `(q|k|v)`) are
+ones that people write (names, `.`, `\\d`, `[a-z]`, `*`, `+`, `?`, `{2,3}`, `(q|k|v)`) are
 matched here, all at once, in time linear in the name, and others are refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from .errors import ConfigError
@@ -20,6 +20,7 @@ MAX_ALTERNATIVES = 64  # of one key, when its groups are multiplied out
 MAX_UNITS = 1 << 15  # single characters that all keys together may match, when counts are multiplied out
 MAX_DEPTH = 32  # of groups in groups
 SPECIAL = frozenset("|()[]{}*+?^$")
+PLAIN = re.compile(r"[A-Za-z0-9_.]+")
 
 
 class Step(NamedTuple):
@@ -31,6 +32,10 @@ class Step(NamedTuple):
     least: int = 1
     most: int | None = 1  # None: unbounded
 
+    @property
+    def units(self) -> int:
+        return max(self.least, 1) if self.most is None else self.most
+
 
 ANY = Step(frozenset(), negated=True)
 
@@ -38,9 +43,9 @@ ANY = Step(frozenset(), negated=True)
 class Patterns:
     """The keys of one pattern table, ready to be asked about many modules.
 
-    >>> keys = Patterns(["k_proj", r"layers\.\d+\.self_attn\.(q|v)_proj"])
+    >>> keys = Patterns(["k_proj", r"layers\\.\\d+\\.self_attn\\.(q|v)_proj"])
     >>> keys.first("model.layers.11.self_attn.v_proj")
-    'layers\\.\\d+\\.self_attn\\.(q|v)_proj'
+    'layers\\\\.\\\\d+\\\\.self_attn\\\\.(q|v)_proj'
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
@@ -50,21 +55,26 @@ class Patterns:
         self._tails: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
         self._wholes: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
         others: list[tuple[int, bool, list[list[Step]]]] = []
+        units = 0
         for number, key in enumerate(self._keys):
             if len(key) > MAX_KEY:
                 raise _refusal(key, "it is too long")
             anchored, body = key.startswith("^"), key.removeprefix("^")
-            if body.endswith("$") and not body.endswith("\$"):
+            if body.endswith("$") and not body.endswith("\\$"):
                 body = body[:-1]
             name = _plain(body)
             if name is None:
-                others.append((number, anchored, _parse(body, key, anchored)))
+                alternatives = _parse(body, key, anchored)
+                units += sum(step.units for steps in alternatives for step in steps) + len(alternatives)
+                if units > MAX_UNITS:
+                    raise _refusal(key, "with it the patterns are too large")
+                others.append((number, anchored, alternatives))
             else:
                 index = self._wholes if anchored else self._tails
                 places = tuple(i for i, c in enumerate(name) if c is None)
                 text = "".join(c for c in name if c is not None)
                 index.setdefault(len(name), {}).setdefault(places, {}).setdefault(text, number)
-        self._automaton = _Automaton(others, self._keys)
+        self._automaton = _Automaton(others)
         self._known: dict[str, str | None] = {}
 
     def first(self, name: str) -> str | None:
@@ -100,7 +110,7 @@ class _Automaton:
     (Shift-And: Baeza-Yates and Gonnet 1992).
     """
 
-    def __init__(self, keys: Sequence[tuple[int, bool, list[list[Step]]]], names: Sequence[str]) -> None:
+    def __init__(self, keys: Iterable[tuple[int, bool, list[list[Step]]]]) -> None:
         self._anywhere = self._at_start = 0  # first states
         self._ends: list[tuple[int, int]] = []  # number of the key, its last states
         skip = loop = size = 0
@@ -114,12 +124,10 @@ class _Automaton:
                     self._anywhere |= 1 << size
                 for step in steps:
                     kind = step._replace(least=1, most=1)
-                    for n in range(max(step.least, 1) if step.most is None else step.most):
+                    for n in range(step.units):
                         skip |= (n >= step.least) << size
                         units[kind] = units.get(kind, 0) | 1 << size
                         size += 1
-                        if size > MAX_UNITS:
-                            raise _refusal(names[number], "it makes the patterns too large")
                     if step.most is None:
                         loop |= 1 << (size - 1)
                 ends |= 1 << size
@@ -153,7 +161,7 @@ class _Automaton:
             active = self._skipped(active)
             takers = self._by_kind[_kind(c)] ^ self._mentioned.get(c, 0)
             active = (active & takers) << 1 | active & (takers & self._loop) << 1
-        active = self._skipped(active)
+        active = self._skipped(active | self._anywhere if len(name) in begin else active)
         return [number for number, ends in self._ends if active & ends]
 
     def _skipped(self, active: int) -> int:
@@ -180,7 +188,7 @@ def spell(names: Iterable[str]) -> dict[str, str]:
     """For each module name a pattern that names it and no other of `names`: the plain name where that will do.
 
     >>> spell(["layers.1.q", "encoder.layers.1.q"])
-    {'layers.1.q': '^layers\\.1\\.q', 'encoder.layers.1.q': 'encoder.layers.1.q'}
+    {'layers.1.q': '^layers\\\\.1\\\\.q', 'encoder.layers.1.q': 'encoder.layers.1.q'}
     """
     names = list(names)
     tails: dict[int, list[tuple[str, str]]] = {}  # every dotted tail of every name, by length
@@ -213,7 +221,7 @@ def _plain(body: str) -> list[str | None] | None:
     for c in characters:
         if c in SPECIAL:
             return None
-        if c == "\":
+        if c == "\\":
             c = next(characters, "")
             if not c or c.isalnum():
                 return None
@@ -231,19 +239,21 @@ def _parse(body: str, pattern: str, anchored: bool) -> list[list[Step]]:
     return alternatives
 
 
-def _alternatives(body: str, i: int, pattern: str, depth: int = 0) -> tuple[list[list[Step]], int]:
+def _alternatives(body: str, i: int, pattern: str, anchored: bool, depth: int = 0) -> tuple[list[list[Step]], int]:
     """Parse `a|b|…` from position i up to the end or an unopened ')'; groups are multiplied out."""
+    if depth > MAX_DEPTH:
+        raise _refusal(pattern, "its groups are nested too deeply")
     done: list[list[Step]] = []
     current: list[list[Step]] = [[]]
     while i < len(body) and body[i] != ")":
         if body[i] == "|":
-            if depth == 0 and pattern.startswith("^"):
+            if depth == 0 and anchored:
                 raise _refusal(pattern, "its '^' binds only the first alternative")
             done, current, i = done + current, [[]], i + 1
             continue
         if body[i] == "(":
             i += 3 if body.startswith("(?:", i) else 1
-            inner, i = _alternatives(body, i, pattern, depth + 1)
+            inner, i = _alternatives(body, i, pattern, anchored, depth + 1)
             if i >= len(body):
                 raise _refusal(pattern, "a '(' has no ')'")
             i += 1
@@ -254,7 +264,7 @@ def _alternatives(body: str, i: int, pattern: str, depth: int = 0) -> tuple[list
         else:
             step, i = _step(body, i, pattern)
             inner = [[step]]
-        if len(current) * len(inner) > 64:
+        if len(current) * len(inner) > MAX_ALTERNATIVES:
             raise _refusal(pattern, "it has too many alternatives")
         current = [a + b for a in current for b in inner]
     return done + current, i
@@ -262,18 +272,17 @@ def _alternatives(body: str, i: int, pattern: str, depth: int = 0) -> tuple[list
 
 def _step(body: str, i: int, pattern: str) -> tuple[Step, int]:
     """One character class and its quantifier at position i."""
-    c, negated = body[i], False
-    chars: frozenset[str] | None
+    c = body[i]
     if c == ".":
-        chars, i = None, i + 1
+        step, i = ANY, i + 1
     elif c == "[":
-        chars, negated, i = _set(body, i + 1, pattern)
+        step, i = _set(body, i + 1, pattern)
     elif c == "\\":
-        chars, i = _escape(body, i, pattern)
+        step, i = _escape(body, i, pattern)
     elif c in "*+?{^$":
         raise _refusal(pattern, f"{c!r} stands where a character is expected")
     else:
-        chars, i = frozenset(c), i + 1
+        step, i = Step(frozenset(c)), i + 1
     quantifier = re.compile(r"[*+?]|\{(\d{1,3})(,(\d{0,3}))?\}").match(body, i)  # our own expression, on a short text
     least: int = 1
     most: int | None = 1
@@ -289,42 +298,45 @@ def _step(body: str, i: int, pattern: str) -> tuple[Step, int]:
             case _:
                 least = int(quantifier[1])
                 most = least if quantifier[2] is None else int(quantifier[3]) if quantifier[3] else None
+                if most is not None and most < least:
+                    raise _refusal(pattern, f"{quantifier.group()!r} is no count")
         if body[i : i + 1] in ("?", "+"):  # lazy and possessive: the same language, or nearly: not worth a doubt
             raise _refusal(pattern, "it has a lazy or possessive quantifier")
-    return Step(chars, negated, least, most), i
+    return step._replace(least=least, most=most), i
 
 
-def _escape(body: str, i: int, pattern: str) -> tuple[frozenset[str], int]:
+def _escape(body: str, i: int, pattern: str) -> tuple[Step, int]:
     c = body[i + 1 : i + 2]
     if c in ("d", "w"):
-        return (DIGIT if c == "d" else WORD), i + 2
+        return Step(frozenset(), c), i + 2
     if c and not c.isalnum():
-        return frozenset(c), i + 2
+        return Step(frozenset(c)), i + 2
     raise _refusal(pattern, f"'\\{c}' is not a plain character")
 
 
-def _set(body: str, i: int, pattern: str) -> tuple[frozenset[str], bool, int]:
+def _set(body: str, i: int, pattern: str) -> tuple[Step, int]:
     negated = body[i : i + 1] == "^"
     i += negated
-    chars: set[str] = set()
+    chars, classes = set[str](), set[str]()
     first = True
     while first or body[i : i + 1] != "]":
         first = False
         if i >= len(body):
             raise _refusal(pattern, "a '[' has no ']'")
         if body[i] == "\\":
-            more, i = _escape(body, i, pattern)
-            chars |= more
+            escaped, i = _escape(body, i, pattern)
+            chars |= escaped.chars
+            classes |= set(escaped.classes)
         elif body[i + 1 : i + 2] == "-" and body[i + 2 : i + 3] not in ("", "]", "\\"):
             low, high = ord(body[i]), ord(body[i + 2])
-            if high - low > 255:
-                raise _refusal(pattern, "it has too wide a range")
+            if not 0 <= high - low < 256:
+                raise _refusal(pattern, "it has an empty or too wide range")
             chars |= {chr(c) for c in range(low, high + 1)}
             i += 3
         else:
             chars.add(body[i])
             i += 1
-    return frozenset(chars), negated, i + 1
+    return Step(frozenset(chars), "".join(sorted(classes)), negated), i + 1
 
 
 def _refusal(pattern: str, why: str) -> ConfigError:

@@ -6,17 +6,17 @@ Ranks that are chosen by an error or a budget need the numbers; then torch is im
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from .agreement import common
 from .checkpoint import ITEMSIZE, TensorInfo
-from .combine import WeightedSum
+from .combine import Truncated, WeightedSum
 from .errors import ConfigError, NotMergeable
-from .format import Contents, Planned, SiteContents
+from .format import Contents, Planned, Shaped, SiteContents
 from .protocol import Method
 from .registry import registry
-from .source import Held, Source, Stored
+from .source import DEFAULT, Held, Source, Stored
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,30 @@ class Plan:
     """The scaling at every site."""
     dtype: str
     """Of the adapter's tensors, as safetensors spells it."""
+    source: WeightedSum
+    """What is to be computed."""
     verbatim: Stored | Held | None
     """The one adapter whose own tensors are written as they are."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of tensors."""
-        planned = [t for part in self.contents.sites.values() for t in part.tensors.values()]
-        return sum(math.prod(t.shape) * ITEMSIZE[t.dtype] for t in (*planned, *self.contents.kept.values()))
+        return _nbytes([*_numbers(self.contents), *self.contents.kept.values()])
 
 
 def plan(source: WeightedSum, *, dtype: str | None = None, any_base: bool = False, keep: str | None = None) -> Plan:
     """How `source` would be written. Raises `NotMergeable` where its parts contradict each other."""
     shared = common(source.contents, any_base=any_base, keep=keep)
+    source = _storing(source, ITEMSIZE[dtype or widest(source)], _nbytes(shared.kept.values()))
     extents = {name: source.extent(name) for name in source.sites}
     ranks = {name: extent.rank for name, extent in extents.items() if extent.rank > 0}
     whole = _verbatim(source)
     if whole is not None and (dtype is None or {t.dtype for t in _numbers(whole.own)} == {dtype}):
         own = replace(shared, sites=whole.own.sites, method=whole.own.method)
-        return Plan(own, ranks, 1.0, dtype or widest(source), whole)
+        return Plan(own, ranks, 1.0, dtype or widest(source), source, whole)
     dtype = dtype or widest(source)
     if not ranks:
-        raise NotMergeable("nothing is left: every site has rank 0")
+        raise NotMergeable("nothing is left: every site has rank 0", fix="there is nothing to save")
     scale = common_scale([s for extent in extents.values() for s in extent.scales], ranks.values())
     bias = any(extent.bias for extent in extents.values())
     method = carrier().carry(ranks, scale=scale, bias=bias)
@@ -62,7 +64,7 @@ def plan(source: WeightedSum, *, dtype: str | None = None, any_base: bool = Fals
             part.kind, part.weight_shape, part.shape, {key: Planned(dtype, s) for key, s in shapes.items()}
         )
     targets = shared.targets if len(ranks) == len(extents) else None
-    return Plan(replace(shared, method=method, sites=sites, targets=targets), ranks, scale, dtype, None)
+    return Plan(replace(shared, method=method, sites=sites, targets=targets), ranks, scale, dtype, source, None)
 
 
 def widest(source: Source) -> str:
@@ -88,11 +90,12 @@ def common_scale(scales: Collection[float], ranks: Collection[int]) -> float:
 
 
 def carrier() -> type[Method]:
-    """The method that can hold any low-rank delta."""
-    carriers = [cls for cls in registry().methods().values() if cls.carries_low_rank]
-    if not carriers:
-        raise ConfigError("no installed method can hold a low-rank delta", fix="enable the bundled plugins")
-    return carriers[0]
+    """The method that results of arithmetic are saved as: the format's choice."""
+    name = registry().format(DEFAULT).carrier
+    method = registry().method(name)
+    if not method.carries_low_rank:
+        raise ConfigError(f"method {name!r} cannot hold a low-rank delta", fix="enable the bundled plugin of that name")
+    return method
 
 
 def _verbatim(source: WeightedSum) -> Stored | Held | None:
@@ -104,6 +107,18 @@ def _verbatim(source: WeightedSum) -> Stored | Held | None:
         return None
     known = {name for names in method.peft_keys().values() for name in names}
     return only if all(part.tensors.keys() <= known for part in only.sites.values()) else None
+
+
+def _storing(source: WeightedSum, itemsize: int, reserved: int) -> WeightedSum:
+    """A budget is shared with what else is stored, and counts in the dtype that is."""
+    weight, last = source.terms[0]
+    if len(source.terms) > 1 or not isinstance(last, Truncated) or last.budget is None:
+        return source
+    return WeightedSum([(weight, last.storing(itemsize, reserved))])
+
+
+def _nbytes(tensors: Iterable[Shaped]) -> int:
+    return sum(math.prod(t.shape) * ITEMSIZE[t.dtype] for t in tensors)
 
 
 def _numbers(own: Contents) -> list[TensorInfo | Planned]:

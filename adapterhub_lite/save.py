@@ -42,6 +42,11 @@ class RelativeError:
     def __float__(self) -> float:
         return self.overall
 
+    def plain(self) -> dict[str, Any]:
+        """As JSON can carry it: None where it is infinite, for the exact value is zero and the stored is not."""
+        overall, *modules = (x if math.isfinite(x) else None for x in (self.overall, *self.modules.values()))
+        return {"overall": overall, "modules": dict(zip(self.modules, modules, strict=True))}
+
 
 def save(
     source: WeightedSum,
@@ -59,6 +64,11 @@ def save(
     broken. `dtype` is spelled as in safetensors.
     """
     own = registry().format(DEFAULT)
+
+    def replaceable(folder: Path) -> bool:
+        # A folder inside is no output of ours: a checkpoint of the training, another adapter, .git.
+        return own.recognises(folder) and not any(path.is_dir() for path in folder.iterdir())
+
     facts: dict[str, Any] = {"version": __version__, "recipe": source.recipe()}
     longest = {"overall": LONG_FLOAT, "modules": dict.fromkeys(source.sites, LONG_FLOAT)}
     room = len(json.dumps({**facts, "error": longest}))
@@ -66,12 +76,12 @@ def save(
         planned = plan(source, dtype=dtype, any_base=any_base, keep=keep)
         try:
             with (
-                staged(out, force=force, replaceable=own.recognises) as folder,
+                staged(out, force=force, replaceable=replaceable) as folder,
                 own.writer(folder, planned.contents, room=room) as writer,
             ):
-                error = _write(source, planned, writer, progress)
+                error = _write(planned, writer, progress)
                 _hold(source, error)
-                facts["error"] = {"overall": error.overall, "modules": dict(error.modules)}
+                facts["error"] = error.plain()
                 writer.finish(facts)
                 return planned, error
         except _TooCoarse as coarse:
@@ -80,7 +90,7 @@ def save(
 
 def measure(source: WeightedSum, *, dtype: str | None = None) -> RelativeError:
     """The error that `save` would report, without writing; adapters need not share a base for it."""
-    return _write(source, plan(source, dtype=dtype, any_base=True, keep="none"), None, lambda done, total: None)
+    return _write(plan(source, dtype=dtype, any_base=True, keep="none"), None, lambda done, total: None)
 
 
 class _TooCoarse(Exception):  # a signal to try again, not an error
@@ -91,7 +101,7 @@ class _TooCoarse(Exception):  # a signal to try again, not an error
 def _hold(source: WeightedSum, error: RelativeError) -> None:
     """A promised `max_error` includes the rounding, which is known only now."""
     cut = _cut(source)
-    if cut is not None and error.overall > cut.promised:
+    if cut is not None and error.overall * (1 + 5e-6) > cut.promised:  # it is rounded to six digits
         raise _TooCoarse(error)
 
 
@@ -114,11 +124,10 @@ def _tightened(source: WeightedSum, error: RelativeError, dtype: str) -> Weighte
     return WeightedSum([(source.terms[0][0], cut.tightened(min(math.sqrt(room), 0.98 * cut.cut_error)))])
 
 
-def _write(
-    source: WeightedSum, planned: Plan, writer: Writer | None, progress: Callable[[int, int], None]
-) -> RelativeError:
+def _write(planned: Plan, writer: Writer | None, progress: Callable[[int, int], None]) -> RelativeError:
     """Compute and write every site; with no writer, only measure."""
-    whole, total = planned.verbatim, len(source.sites)
+    source, whole = planned.source, planned.verbatim
+    total = len(source.sites)
 
     def job(name: str) -> tuple[float, float]:
         if whole is not None:
@@ -142,15 +151,20 @@ def _write(
 def _one_site(source: WeightedSum, planned: Plan, writer: Writer | None, name: str) -> tuple[float, float]:
     """Round one site's delta to what is stored, and write it; ‖stored − exact‖² and ‖exact‖²."""
     piece, c, dtype = source.piece(name), planned.scale, torch_dtype(planned.dtype)
-    stored, lost = algebra.rounded(algebra.low_rank(piece.delta).scaled(1 / c), dtype)
+    try:
+        stored, lost = algebra.rounded(algebra.low_rank(piece.delta).scaled(1 / c), dtype)
+    except NotMergeable as e:
+        raise NotMergeable(
+            f"at {name!r} {e.what}", fix="choose a wider --dtype (bfloat16 and float32 reach 3e38)"
+        ) from e
     lost_square = algebra.norm(algebra.total([*piece.lost, lost.scaled(c)])) ** 2
     size = algebra.norm(algebra.total([piece.delta, *(d.scaled(-1.0) for d in piece.lost)])) ** 2
     reach = c * float(vector_norm(stored.B, dtype=torch.float64) * vector_norm(stored.A, dtype=torch.float64))
-    if lost_square <= (NOISE * reach) ** 2:
-        lost_square = 0.0
+    lost_square, size = (0.0 if square <= (NOISE * reach) ** 2 else square for square in (lost_square, size))
     part = planned.contents.sites.get(name)
     if part is None:  # rank 0: all of it is lost
-        return lost_square, size
+        unstored = 0.0 if piece.bias is None else float(piece.bias.norm()) ** 2
+        return lost_square + unstored, size + unstored
     site, method = make_site(name, part), planned.contents.method.at(name)
     factors = method.factors(LowRank(stored.B, stored.A, c), piece.bias)
     tensors = {key: factors[key].reshape(t.shape).to(dtype) for key, t in part.tensors.items()}
@@ -161,7 +175,7 @@ def _one_site(source: WeightedSum, planned: Plan, writer: Writer | None, name: s
     if not math.isfinite(lost_square):
         raise NotMergeable(
             f"the result at {name!r} does not fit {planned.dtype}",
-            fix="choose a wider --dtype (BF16 and F32 reach 3e38)",
+            fix="choose a wider --dtype (bfloat16 and float32 reach 3e38)",
         )
     if writer is not None:
         for key, t in tensors.items():

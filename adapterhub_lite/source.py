@@ -83,7 +83,9 @@ class Stored:
         return _piece(self.own.method, self.params(site), make_site(site, self.own.sites[site]))
 
     def recipe(self) -> dict[str, Any]:
-        return {"adapter": self.name, "sha256": {file.name: sha256(file) for file in self.files}}
+        # Somebody's local path tells a reader nothing, and strangers where it lay.
+        name = self.folder.resolve().name if self.folder.is_absolute() else self.name
+        return {"adapter": name, "sha256": {file.name: sha256(file) for file in self.files}}
 
 
 class Held:

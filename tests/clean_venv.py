@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import subprocess
 import sysconfig
 import venv
 from pathlib import Path
@@ -19,6 +21,8 @@ COMMANDS = {
     "pip": """[ "$1" = install ] && shift && set -- install --quiet --no-index --no-deps --no-build-isolation "$@"
 exec {python} -m pip --disable-pip-version-check "$@" """,
 }
+# What building leaves in a source tree.
+LEFTOVERS = shutil.ignore_patterns("build", "*.egg-info", ".*", "__pycache__")
 
 
 def clean_venv(folder: Path) -> dict[str, str]:
@@ -36,6 +40,13 @@ def clean_venv(folder: Path) -> dict[str, str]:
     own = {"VIRTUAL_ENV": str(folder), "PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST", "ADAPTERHUB_LITE_"))}
     return inherited | own
+
+
+def shell(command: str, folder: Path, env: dict[str, str]) -> tuple[int, str]:
+    """The exit code of a command line and all that it printed."""
+    out = subprocess.PIPE, subprocess.STDOUT
+    done = subprocess.run(command, shell=True, cwd=folder, env=env, text=True, stdout=out[0], stderr=out[1])
+    return done.returncode, done.stdout
 
 
 def _places(folder: Path) -> dict[str, str]:

@@ -7,7 +7,8 @@ copies of both under `out/`, their model in `base`, and `plugins/adapterhub-lite
   ```text block right below one is what it prints.
 - in ```console and ```sh blocks, lines with `$ ` are run; what follows is their output, where
   any is shown. It must succeed; `# exit code 1` behind it, or an error for output, says otherwise.
-- a block with `file=PATH` behind its language is written to that file and not run.
+- a block with `file=PATH` behind its language is not run but written to that file; a ```diff
+  block changes the file.
 - `...` in an output stands for anything.
 """
 
@@ -24,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapterhub_lite import Method, Params, Site, delta, hookspecs
-from clean_venv import clean_venv
+from clean_venv import LEFTOVERS, clean_venv, shell
 from peers import LLAMA, write_adapter
+
+from adapterhub_lite import Method, Params, Site, delta, hookspecs
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/*/*.md")])
@@ -82,6 +84,16 @@ def commands(block: Block) -> Iterator[tuple[str, int, str]]:
         yield EXIT_CODE.sub("", command), int(code[1]) if code else int(shown.startswith("adapter: ")), shown
 
 
+def edited(text: str, block: Block) -> str:
+    """The text of a file after a block that belongs to it."""
+    if block.language != "diff":
+        return block.text
+    lines = block.text.splitlines(keepends=True)
+    old, new = ("".join(line[1:] for line in lines if line[0] in mark) for mark in ("- ", "+ "))
+    assert text.count(old) == 1, f"{block.where}: the diff does not apply"
+    return text.replace(old, new)
+
+
 class Runner:
     """Runs the blocks of one document."""
 
@@ -93,24 +105,23 @@ class Runner:
     def run(self, block: Block) -> None:
         if block.info.startswith("file="):
             file = self.folder / block.info.removeprefix("file=")
-            file.write_text(block.text, encoding="utf-8")
+            before = file.read_text(encoding="utf-8") if file.exists() else ""
+            file.write_text(edited(before, block), encoding="utf-8")
         elif block.language == "python":
             self.printed = self.execute(block)
             return
         elif block.language in ("console", "sh"):
             for command, code, shown in commands(block):
                 if not command.startswith(NOT_RUN):
-                    self.shell(command, code, shown, block.where)
+                    self.command(command, code, shown, block.where)
         elif block.language == "text" and block.follows and self.printed:
             assert same(block.text, self.printed), f"{block.where}: it printed\n{self.printed}"
         self.printed = ""
 
-    def shell(self, command: str, code: int, shown: str, where: str) -> None:
-        done = subprocess.run(
-            command, shell=True, cwd=self.folder, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        assert done.returncode == code, f"{where}: {command} exited with {done.returncode}\n{done.stdout}"
-        assert not shown.strip() or same(shown, done.stdout), f"{where}: {command} printed\n{done.stdout}"
+    def command(self, command: str, code: int, shown: str, where: str) -> None:
+        got, out = shell(command, self.folder, self.env)
+        assert got == code, f"{where}: {command} exited with {got}\n{out}"
+        assert not shown.strip() or same(shown, out), f"{where}: {command} printed\n{out}"
 
     def execute(self, block: Block) -> str:
         if self.python is None:
@@ -141,7 +152,7 @@ def props(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "my-org/base-7b"}))
         shutil.copytree(folder / name, folder / "out" / name)
     example = "plugins/adapterhub-lite-example"
-    shutil.copytree(ROOT / example, folder / example, ignore=shutil.ignore_patterns("build", "*.egg-info", ".*", "__pycache__"))
+    shutil.copytree(ROOT / example, folder / example, ignore=LEFTOVERS)
     return folder
 
 
@@ -178,16 +189,20 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_tutorial_ends_with_the_example_package() -> None:
-    shown = [b.text for b in blocks(ROOT / "docs/tutorial.md") if b.info.endswith("lora_xs.py")]
-    assert shown[-1] == (ROOT / "plugins/adapterhub-lite-example/adapterhub_lite_example.py").read_text()
+def test_the_tutorial_writes_the_example_package() -> None:
+    text, versions = "", []
+    for block in blocks(ROOT / "docs/tutorial.md"):
+        if block.info.endswith("lora_xs.py"):
+            text = edited(text, block)
+            versions.append(text)
+    assert (ROOT / "plugins/adapterhub-lite-example/adapterhub_lite_example.py").read_text() in versions
 
 
 # The reference of the protocol ------------------------------------------------------------------------
 
 
 def signature(name: str, member: Any) -> str | None:
-    """As the reference writes it: `init(site: Site, …) -> …`, or `name: type`; None for what is no method or property."""
+    """As the reference writes it: `init(site: Site, …) -> …`, or `name: type`; None for what is neither."""
     if isinstance(member, property):
         return f"{name}: {inspect.signature(member.fget).return_annotation}"  # type: ignore[arg-type]
     function: Callable[..., Any] | None = getattr(member, "__func__", member if inspect.isfunction(member) else None)
@@ -200,9 +215,9 @@ def signature(name: str, member: Any) -> str | None:
 def public(cls: type) -> Iterator[str]:
     """The signatures of everything public that the class itself defines, and its annotated names."""
     for name, annotation in inspect.get_annotations(cls).items():
-        written = getattr(annotation, "__forward_arg__", annotation)  # a NamedTuple's are wrapped
+        written = str(getattr(annotation, "__forward_arg__", annotation))  # a NamedTuple's are wrapped
         if not name.startswith("_"):
-            yield f"{name}: {re.sub(r'^ClassVar.(.*).$', lambda found: found[1], written)}"
+            yield f"{name}: {re.sub(r'^ClassVar.(.*).$', lambda found: str(found[1]), written)}"
     for name, member in vars(cls).items():
         own = None if name.startswith("_") else signature(name, member)
         if own is not None:

@@ -27,6 +27,7 @@ from peers import (
 )
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from transformers.pytorch_utils import Conv1D
 
 import adapterhub_lite as ah
 
@@ -46,7 +47,7 @@ class Rescale(ah.Method):
     site_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     def init(self, site: ah.Site, rng: torch.Generator) -> Mapping[str, nn.Parameter | Tensor]:
-        return {"l": nn.Parameter(torch.ones(site.shape[0])), "frozen": torch.zeros(2)}
+        return {"l": nn.Parameter(torch.ones(site.shape[0])), "frozen": torch.zeros(2, 3).T}
 
     def forward(self, p: ah.Params, x: Tensor, y: Tensor, site: ah.Site) -> Tensor:
         return site.scale_output(y, p["l"])
@@ -402,6 +403,33 @@ def test_merging_into_a_tied_weight_is_refused_and_names_both() -> None:
     assert surface(model) == before
 
 
+def test_a_merged_weight_keeps_its_memory_format() -> None:
+    model: Any = CONV.build()
+    model.conv2d.to(memory_format=torch.channels_last)
+    adapters = ah.adapt(model)
+    adapters.add("a", lora(), "conv2d")
+    stride = model.conv2d.weight.stride()
+    assert stride != model.conv2d.weight.contiguous().stride()
+    adapters.merge()
+    assert model.conv2d.weight.stride() == stride
+
+
+def test_merging_again_starts_from_the_weights_as_they_are_then() -> None:
+    model = two_layers()
+    adapters = ah.adapt(model)
+    adapters.add("a", lora(), "all-linear")
+    adapters.add("b", lora(), "0")
+    adapters.merge()
+    adapters.unmerge()
+    with torch.no_grad():
+        model[2].weight.mul_(2)
+    before = bits(model)
+    adapters.activate("b")
+    adapters.merge()
+    adapters.unmerge()
+    assert bits(model) == before
+
+
 def test_a_model_that_was_cast_while_merged_gets_its_own_weights_back() -> None:
     model, adapters = adapted(BERT)
     want = base_bits(copy.deepcopy(model).bfloat16())
@@ -523,6 +551,22 @@ def test_tensors_that_load_state_dict_replaces_are_the_ones_that_count() -> None
     ah.adapt(model).activate("a")
     on = {key for key, p in model.named_parameters() if p.requires_grad}
     assert on == {"0.adapters.a.l", "2.adapters.a.l"}
+
+
+def test_an_adapter_in_memory_is_copied_and_every_tensor_is_contiguous() -> None:
+    model: Any = two_layers()
+    adapters = ah.adapt(model)
+    adapters.add("a", lora(), "0")
+    part = model.get_submodule("0.adapters.a")
+    value = ah.Adapter.of(part.method, {"0": part.site}, {"0": part.params()})
+    adapters.load(value, "b")
+    before = bits(model)["0.adapters.a.A"]
+    assert bits(model)["0.adapters.b.A"] == before
+    fill(model, "b")
+    model.get_parameter("0.adapters.b.A").data.zero_()
+    assert bits(model)["0.adapters.a.A"] == before
+    adapters.add("c", Rescale(), "0")
+    assert all(p.is_contiguous() for p in model.parameters())
 
 
 def test_layers_may_be_called_with_keywords() -> None:
@@ -648,10 +692,10 @@ def test_initial_values_depend_on_seed_and_name_only() -> None:
 
 def test_dropout_is_for_training_only() -> None:
     model = two_layers()
+    model.eval()
     ah.adapt(model).add("a", lora(dropout=0.5), "all-linear")
     fill(model, "a")
     x = torch.ones(3, 12)
-    model.eval()
     assert torch.equal(model(x), model(x))
     assert not any(m.training for m in model.modules())
     model.train()
@@ -694,9 +738,12 @@ def test_the_output_head_is_adapted_when_it_is_named() -> None:
 
 
 def test_all_linear_leaves_out_what_is_never_called_and_what_it_does_not_know() -> None:
-    model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2), "own": Scaled(8, 8), "fc": nn.Linear(8, 4)})
-    ah.adapt(model).add("a", lora(), "all-linear")
-    assert sites(model) == ["fc"]
+    layers = {"mha": nn.MultiheadAttention(8, 2), "own": Scaled(8, 8), "fc": nn.Linear(8, 4), "gpt": Conv1D(5, 8)}
+    model = nn.ModuleDict(layers)
+    adapters = ah.adapt(model)
+    adapters.add("a", lora(), "all-linear")
+    adapters.add("b", Rescale(), "all-linear")  # which does not adapt Conv1D
+    assert (sites(model), sites(model, "b")) == (["fc", "gpt"], ["fc"])
 
 
 # Refusals -------------------------------------------------------------------------------------------------
@@ -866,6 +913,18 @@ def test_what_is_refused_while_merged(tmp_path: Path) -> None:
     assert bits(model) == before
     adapters.save("a", tmp_path / "merged")
     assert (tmp_path / "merged" / "adapter_model.safetensors").stat().st_size > 0
+
+
+def test_an_adapter_that_needs_the_weights_is_not_saved_while_they_are_others(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Reading(Rescale):
+        reads_weight = True
+
+    adapters = ah.adapt(two_layers())
+    adapters.add("a", Reading(), "0")
+    adapters.merge()
+    with pytest.raises(ah.ConfigError, match="cannot save 'a', whose method reads the weights, while"):
+        adapters.save("a", tmp_path / "out")
 
 
 def test_adapters_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:

@@ -1,33 +1,30 @@
-"""A plugin in a package of its own: generated or written by hand, installed in a clean environment, or just a folder."""
+"""A plugin in a package of its own: generated or by hand, installed in a clean environment, or just a folder."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from clean_venv import LEFTOVERS, clean_venv, shell
+
 from adapterhub_lite import ConfigError, OutputExists
 from adapterhub_lite.cli.scaffold import scaffold
-from clean_venv import clean_venv
 
 EXAMPLE = Path(__file__).parents[1] / "plugins/adapterhub-lite-example"
-LEFTOVERS = shutil.ignore_patterns("build", "*.egg-info", ".*", "__pycache__")
 
 
-class Shell:
-    """Runs commands in a clean environment."""
+class Here:
+    """A folder, and commands run there in a clean environment."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.env = folder, clean_venv(folder / "venv")
 
     def __call__(self, command: str, *, code: int = 0) -> str:
-        done = subprocess.run(
-            command, shell=True, cwd=self.folder, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        assert done.returncode == code, f"{command}\n{done.stdout}"
-        return done.stdout
+        got, out = shell(command, self.folder, self.env)
+        assert got == code, f"{command}\n{out}"
+        return out
 
     def methods(self, options: str = "") -> dict[str, str]:
         """Where each method comes from."""
@@ -36,38 +33,38 @@ class Shell:
 
 
 @pytest.fixture
-def shell(tmp_path: Path) -> Shell:
-    return Shell(tmp_path)
+def run(tmp_path: Path) -> Here:
+    return Here(tmp_path)
 
 
-def test_the_example_package(shell: Shell) -> None:
-    package = shutil.copytree(EXAMPLE, shell.folder / "example", ignore=LEFTOVERS)
-    assert "lora_xs" not in shell.methods()
-    shell("pip install ./example")
-    shell("adapter plugin check lora_xs")
-    assert shell.methods()["lora_xs"] == "adapterhub-lite-example 0.1.0"
+def test_the_example_package(run: Here) -> None:
+    package = shutil.copytree(EXAMPLE, run.folder / "example", ignore=LEFTOVERS)
+    assert "lora_xs" not in run.methods()
+    run("pip install ./example")
+    run("adapter plugin check lora_xs")
+    assert run.methods()["lora_xs"] == "adapterhub-lite-example 0.1.0"
     (package / "adapterhub_lite_example.py").unlink()  # the tests take the installed one
-    shell("cd example && pytest -q -p no:cacheprovider")
+    run("cd example && pytest -q -p no:cacheprovider")
 
 
-def test_a_generated_package(shell: Shell) -> None:
-    said = shell("adapter plugin new spicy-ham")
+def test_a_generated_package(run: Here) -> None:
+    said = run("adapter plugin new spicy-ham")
     assert said.splitlines()[-1] == "next: pip install -e adapterhub-lite-spicy-ham && adapter plugin check spicy_ham"
-    shell(said.splitlines()[-1].removeprefix("next: "))
-    assert shell.methods()["spicy_ham"] == "adapterhub-lite-spicy-ham 0.1.0"
-    shell("cd adapterhub-lite-spicy-ham && pytest -q")
-    again = shell("adapter plugin new spicy_ham -o elsewhere", code=1)
+    run(said.splitlines()[-1].removeprefix("next: "))
+    assert run.methods()["spicy_ham"] == "adapterhub-lite-spicy-ham 0.1.0"
+    run("cd adapterhub-lite-spicy-ham && pytest -q")
+    again = run("adapter plugin new spicy_ham -o elsewhere", code=1)
     assert again == "adapter: the name 'spicy_ham' is taken, by adapterhub-lite-spicy-ham 0.1.0; choose another\n"
-    assert not (shell.folder / "elsewhere").exists()
+    assert not (run.folder / "elsewhere").exists()
 
 
-def test_a_folder_of_plugins_that_are_not_installed(shell: Shell) -> None:
-    (shell.folder / "mine").mkdir()
-    shutil.copy(EXAMPLE / "adapterhub_lite_example.py", shell.folder / "mine/lora_xs.py")
-    [module, *_] = scaffold("spam", shell.folder)
+def test_a_folder_of_plugins_that_are_not_installed(run: Here) -> None:
+    (run.folder / "mine").mkdir()
+    shutil.copy(EXAMPLE / "adapterhub_lite_example.py", run.folder / "mine/lora_xs.py")
+    [module, *_] = scaffold("spam", run.folder)
     options = f"--plugins-dir mine --plugins-dir {module.parent}"
-    assert shell.methods(options).keys() - shell.methods() == {"lora_xs", "spam"}
-    shell(f"adapter {options} plugin check lora_xs")
+    assert run.methods(options).keys() - run.methods() == {"lora_xs", "spam"}
+    run(f"adapter {options} plugin check lora_xs")
 
 
 def test_the_files_of_a_generated_package(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ COMMANDS = {
 }
 
 
+LONGEST = 1000  # characters of a message
+
+
 class Commands(click.Group):
     """Commands by name, bundled ones and those of plugins, none imported before it is called."""
 
@@ -39,6 +42,12 @@ class Commands(click.Group):
             return command
         load = registry().commands().get(name)
         return None if load is None else load()
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # click would print an empty line first
+            raise click.Abort from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = [(name, text) for name, (_, text) in COMMANDS.items()]
@@ -100,10 +109,14 @@ def run(args: Sequence[str] | None = None) -> int:
         return 1
     except MemoryError:
         return _failed("out of memory; close something, or merge fewer adapters at once")
+    except RecursionError:
+        return _failed("something is nested too deeply; look for a file that nobody would write by hand")
     except OSError as e:
         return _failed(f"{printable(str(e.filename))}: {e.strerror}" if e.filename else str(e))
 
 
 def _failed(text: str) -> int:
+    if len(text) > LONGEST:  # a stranger's file can have a name of megabytes
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
     click.echo(f"adapter: {text}", err=True)
     return 1

@@ -8,8 +8,12 @@ import click
 
 from .. import options
 from ..checkpoint import ITEMSIZE
+from ..errors import printable
 from ..source import Stored, stored
 from .output import print_json, size, table
+
+LONGEST = 1000  # characters of one line
+DEEPEST = 8  # sums in sums that are written out
 
 
 @click.command()
@@ -41,10 +45,10 @@ def info(ref: str, as_json: bool, verbose: bool) -> None:
     if report["recipe"] is not None:
         lines.append(("made by", _formula(report["recipe"])))
     width = max(len(name) for name, _ in lines)
-    click.echo("\n".join(f"{name.ljust(width)}  {value}" for name, value in lines))
+    click.echo("\n".join(f"{name.ljust(width)}  {_shown(value)}" for name, value in lines))
     if verbose:
         rows = [
-            (name, m["kind"], "×".join(map(str, m["shape"])), str(m["rank"]), f"{m['scaling']:g}")
+            (printable(name), m["kind"], "×".join(map(str, m["shape"])), str(m["rank"]), f"{m['scaling']:g}")
             for name, m in modules.items()
         ]
         click.echo(table(rows, ("module", "layer", "out×in", "rank", "scaling"), right=(3, 4)))
@@ -80,7 +84,7 @@ def describe(adapter: Stored) -> dict[str, Any]:
         "dtypes": sorted({t.dtype for t in tensors}),
         "kept": sorted(own.kept),
         "recipe": recipe if isinstance(recipe, dict) else None,
-        "error": overall if isinstance(overall, (int, float)) else None,
+        "error": overall if isinstance(overall, float) or overall == 0 else None,
     }
 
 
@@ -90,23 +94,29 @@ def _span(values: list[Any]) -> str:
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
 
 
-def _formula(recipe: Any) -> str:
+def _shown(value: Any) -> str:
+    """Part of a stranger's file, on one line and not too long."""
+    text = printable(str(value)[:LONGEST])
+    return text if len(str(value)) <= LONGEST else f"{text} …"
+
+
+def _formula(recipe: Any, depth: int = 0) -> str:
     """0.7 * sql + 0.3 * french; a stranger's header may hold anything."""
     match recipe:
-        case {"rule": "sum", "terms": [*terms]}:
-            return " + ".join(f"{t.get('weight')} * {_term(t)}" for t in terms[:8] if isinstance(t, dict)) + (
+        case {"rule": "sum", "terms": [*terms]} if depth < DEEPEST:
+            return " + ".join(f"{t.get('weight')} * {_term(t, depth)}" for t in terms[:8] if isinstance(t, dict)) + (
                 f" + {len(terms) - 8} more" if len(terms) > 8 else ""
             )
         case _:
-            return "?"
+            return "…"
 
 
-def _term(term: dict[str, Any]) -> str:
+def _term(term: dict[str, Any], depth: int) -> str:
     match term:
         case {"adapter": str(name)}:
             return name
         case {"rule": "truncate", "of": of}:
             how = ", ".join(f"{key} {term[key]}" for key in ("rank", "max_error", "budget") if key in term)
-            return f"truncated({_formula(of)}; {how})"
+            return f"truncated({_formula(of, depth + 1)}; {how})"
         case _:
             return "an adapter"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..adapter import load
-from ..errors import nearest
+from ..errors import nearest, printable
 from .output import Size, print_json, progress, size, table
 
 if TYPE_CHECKING:
     from ..plan import Plan
     from ..save import RelativeError
 
-NUMBERS = re.compile(
-    r"[-+]?(\d+\.?\d*|\.\d+|inf|nan)(e[-+]?\d+)?(,[-+]?(\d+\.?\d*|\.\d+|inf|nan)(e[-+]?\d+)?)*,?", re.I
-)
+ONE_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+|inf|nan)(e[-+]?\d+)?,?", re.I)
+NUMBERS = re.compile(rf"{ONE_NUMBER.pattern[:-2]}(,{ONE_NUMBER.pattern[:-2]})*,?", re.I)
 DTYPES = {
     "float32": "F32", "fp32": "F32", "float64": "F64", "fp64": "F64",
     "float16": "F16", "fp16": "F16", "bfloat16": "BF16", "bf16": "BF16",
@@ -45,11 +45,12 @@ def gather_weights(args: Sequence[str]) -> list[str]:
         word = rest.pop(0)
         if word == "--":
             return [*gathered, word, *rest]
-        if word in ("--weights", "-w"):
-            numbers = []
+        option, is_, first = word.partition("=")
+        if option in ("--weights", "-w") and (not is_ or ONE_NUMBER.fullmatch(first)):
+            numbers = [first] if is_ else []
             while rest and NUMBERS.fullmatch(rest[0]):
-                numbers.append(rest.pop(0).rstrip(","))
-            word = f"--weights={','.join(numbers)}" if numbers else word
+                numbers.append(rest.pop(0))
+            word = f"--weights={','.join(n.rstrip(',') for n in numbers)}" if numbers else word
         gathered.append(word)
     return gathered
 
@@ -142,6 +143,8 @@ def merge(
             print_json({"dry_run": True, **_report(planned, refs, weights)})
         elif not quiet:
             click.echo(_summary(planned, "would write", out))
+            if out is not None and os.path.lexists(out) and not force:
+                click.echo(f"but {out} exists: choose another -o or pass --force", err=True)
         return
     assert out is not None
     with progress("merging", quiet) as step:
@@ -170,8 +173,9 @@ def _report(
         "modules": modules,
     }
     if error is not None:
-        report["error"] = error.overall
-        for name, own in error.modules.items():
+        plain = error.plain()
+        report["error"] = plain["overall"]
+        for name, own in plain["modules"].items():
             modules.setdefault(name, {"rank": 0})["error"] = own
     return report
 
@@ -184,7 +188,7 @@ def _summary(planned: Plan, did: str, out: Path | None) -> str:
         f"{planned.dtype}, {size(planned.nbytes)}"
     ]
     if planned.contents.kept:
-        lines.append(f"kept as they are: {', '.join(sorted(planned.contents.kept))}")
+        lines.append(f"kept as they are: {', '.join(map(printable, sorted(planned.contents.kept)))}")
     return "\n".join(lines)
 
 
@@ -194,7 +198,7 @@ def _errors(planned: Plan, error: RelativeError, verbose: bool) -> str:
     if error.overall == 0:
         return "exact: every stored factor has the input's bits" if not verbose else lines[0]
     shown = sorted(worst) if verbose else worst[:WORST]
-    rows = [(name, str(planned.ranks.get(name, 0)), f"{own:.3g}") for name, own in shown]
+    rows = [(printable(name), str(planned.ranks.get(name, 0)), f"{own:.3g}") for name, own in shown]
     lines.append(table(rows, ("module", "rank", "error"), right=(1, 2)))
     if len(shown) < len(worst):
         lines.append(f"… and {len(worst) - len(shown)} modules with smaller errors (-v shows all)")

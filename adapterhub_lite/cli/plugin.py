@@ -31,9 +31,9 @@ plugin.add_command(new)
 def check(name: str, as_json: bool) -> int:
     """Check that the method NAME keeps the promises of every method.
 
-    It is tried with its default options on layers of every kind that it claims. For other options, and for failures that are expected,
-    write a test with adapterhub_lite.testing.parametrize_checks. Exit code: 0 if all checks pass, 1 if one fails, 2 if
-    there is no such method or it cannot be loaded.
+    It is tried with its default options on layers of every kind that it claims. For other options, and for failures
+    that are expected, write a test with adapterhub_lite.testing.parametrize_checks. Exit code: 0 if all checks pass,
+    1 if one fails, 2 if there is no such method or it cannot be loaded.
     """
     try:
         method, origin = _load(name)

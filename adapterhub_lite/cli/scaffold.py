@@ -20,7 +20,7 @@ NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 # A class of such a name would hide one that the package needs.
 RESERVED = {*ah.__all__, "Mapping", "None", "True", "False"}
 
-PYPROJECT = Template('''\
+PYPROJECT = Template("""\
 [build-system]
 requires = ["setuptools>=77"]
 build-backend = "setuptools.build_meta"
@@ -44,7 +44,7 @@ py-modules = ["$module"]
 
 [tool.pytest.ini_options]
 testpaths = ["tests"]
-''')
+""")
 
 MODULE = Template('''\
 """$cls: what it does, in one line.
@@ -123,7 +123,7 @@ def test_conforms(method: Method, check: Callable[[Method], object]) -> None:
     check(method)
 ''')
 
-README = Template('''\
+README = Template("""\
 # $distribution
 
 The adapter method `$name`, a plugin of adapterhub-lite.
@@ -134,7 +134,7 @@ $$ adapter methods
 $$ adapter plugin check $name
 $$ pytest
 ```
-''')
+""")
 
 
 def scaffold(name: str, folder: Path) -> list[Path]:

@@ -128,7 +128,7 @@ class Adapters:
         """Write adapter `name` to the folder `out`; `dtype`, `force` and the result are those of `Adapter.save`."""
         method = self._known(name)
         if method.reads_weight:
-            self._refuse_merged(f"save {name!r}, which needs the base's weights")
+            self._refuse_merged(f"save {name!r}, whose method reads the weights,")
         parts = {part.site.name: part for part in self._parts(name)}
         sites, params = {n: part.site for n, part in parts.items()}, {n: part.params() for n, part in parts.items()}
         held = Held(method, sites, params, base=_base_name(self.model))

@@ -12,7 +12,6 @@ from ..delta import Delta, LowRank
 from ..hookspecs import hookimpl
 from . import Site
 
-
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 

@@ -18,6 +18,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from ..errors import ConfigError
 from ..protocol import Method
 from . import attached, declared, gradients, initial, low_rank, stored, weights
 from .check import Check as Check
@@ -51,12 +52,9 @@ def checks_for(method: Method) -> list[Check]:
     >>> [check.name for check in checks_for(ah.method("lora"))][:2]
     ['documented', 'site_kinds_are_known']
     """
+    if not isinstance(method, Method):
+        raise ConfigError(f"{method!r} is not a method with its options", fix="give an instance, say LoRA(rank=4)")
     return list(_CHECKS)
-
-
-def outcomes(method: Method, expected_failures: Mapping[str, str] | None = None) -> list[Outcome]:
-    """What came of every check; nothing is raised, whatever the method does."""
-    return run(checks_for(method), method, expected_failures)
 
 
 def check_method(method: Method, expected_failures: Mapping[str, str] | None = None) -> list[Outcome]:
@@ -64,7 +62,7 @@ def check_method(method: Method, expected_failures: Mapping[str, str] | None = N
 
     `expected_failures` maps the names of checks to the reason why they fail; one that passes is a failure.
     """
-    found = outcomes(method, expected_failures)
+    found = run(checks_for(method), method, expected_failures)
     print(report(found))
     failed = [o for o in found if o.state == "FAIL"]
     if failed:

@@ -31,5 +31,8 @@ def carries(method: Method) -> str | None:
     return None if method.carries_low_rank else "declares that carries_low_rank is False"
 
 
-def in_peft(method: Method) -> str | None:
-    return None if method.peft_type is not None else "declares no peft_type: PEFT's layout has no place for it"
+def can_be_stored(method: Method) -> str | None:
+    """PEFT's layout holds the method's own tensors, or its delta as a LoRA's."""
+    if method.peft_type is not None or _overrides(method, "delta"):
+        return None
+    return "declares no peft_type and defines no delta(): PEFT's layout has no place for it"

@@ -15,7 +15,7 @@ from ..errors import ConfigError, nearest
 from ..protocol import Method
 from ..registry import registry
 from .check import check, one_line, require
-from .zoo import EXAMPLES
+from .zoo import untried
 
 NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 
@@ -59,10 +59,8 @@ def site_kinds_are_known(method: Method) -> str:
     )
     unknown = sorted(claimed - known.keys())
     require(not unknown, f"no plugin gives the site kind {unknown[:1]}", fix=nearest((unknown or [""])[0], known))
-    untried = sorted(claimed - {kind for kind, example in EXAMPLES.items() if example.available})
-    return f"{len(claimed)} kinds" + (
-        f"; without an example layer, so not tried: {', '.join(untried)}" if untried else ""
-    )
+    left = [f"{kind} ({why})" for kind in sorted(claimed) if (why := untried(method, kind)) is not None]
+    return f"{len(claimed)} kinds" + (f"; not tried: {', '.join(left)}" if left else "")
 
 
 @check()

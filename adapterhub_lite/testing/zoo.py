@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NotMergeable
 from ..protocol import Method, Params
 from ..registry import registry
 from ..seed import generator
+from .check import CheckSkipped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,11 +112,10 @@ class Example:
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The model in eval mode; its weights are exact in every dtype, so that casting is no change."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.random.fork_rng(devices=[]):  # layers draw their first weights when they are made
             model = self.make().eval()
-            for p in model.parameters():
-                nn.init.normal_(p, std=0.3)  # biases too: a zero one hides what is done to it
+        for name, p in model.named_parameters():
+            nn.init.normal_(p, std=0.3, generator=generator(0, name))  # biases too: a zero one hides what is done to it
         return model.bfloat16().to(dtype)
 
     def input(self, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -143,8 +143,28 @@ EXAMPLES = {
 
 
 def examples(method: Method) -> list[Example]:
-    """The models for the site kinds that `method` claims."""
-    return [e for kind, e in EXAMPLES.items() if kind in method.site_kinds and e.available]
+    """The models for the site kinds that `method` claims, with these options."""
+    found = [EXAMPLES[kind] for kind in EXAMPLES if kind in method.site_kinds and untried(method, kind) is None]
+    if not found:
+        raise CheckSkipped("; ".join(f"{kind}: {untried(method, kind)}" for kind in sorted(method.site_kinds)))
+    return found
+
+
+def untried(method: Method, kind: str) -> str | None:
+    """Why there are no layers of that kind to try, if so; one reason is that the options exclude it."""
+    example = EXAMPLES.get(kind)
+    if example is None:
+        return "no example of such a layer"
+    if not example.available:
+        return f"{example.needs} is not installed"
+    try:
+        for name, site in example.sites(example.model()).items():
+            method.at(name).init(site, generator(0, name))
+    except NotMergeable as error:
+        return error.what
+    except Exception:  # a mistake, which the checks will find
+        return None
+    return None
 
 
 def described(site: Site) -> str:
@@ -155,7 +175,8 @@ def described(site: Site) -> str:
 
 def has_example(method: Method) -> str | None:
     """Why nothing can be tried, if so."""
-    return None if examples(method) else f"no example layers of kind {', '.join(sorted(method.site_kinds)) or '(none)'}"
+    kinds = [kind for kind, example in EXAMPLES.items() if kind in method.site_kinds and example.available]
+    return None if kinds else f"no example of {', '.join(sorted(method.site_kinds)) or 'any'} layers"
 
 
 @dataclass(frozen=True)
@@ -276,6 +297,6 @@ def _watch(site: Site, seen: dict[str, tuple[Tensor, Tensor]]) -> torch.utils.ho
     assert site.module is not None
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        seen[site.name] = args[0], out
+        seen[site.name] = args[0].clone(), out.clone()  # no views: a rule may be one that writes into them
 
     return site.module.register_forward_hook(keep)

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from adapterhub_lite import LowRank, Method, Outline, Params, Site
 from adapterhub_lite_plugins.methods.lora import LoRA
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from adapterhub_lite import LowRank, Method, Outline, Params, Site
 
 OPTIONS = ", ".join(LoRA.__dataclass_fields__)
 BUGS: dict[type[Method], tuple[str, ...]] = {}
@@ -400,7 +401,7 @@ class RegistersBuffer(Sound):
         return super().init(site, rng)
 
 
-@trips("two_adapters_add_up")
+@trips("two_adapters_add_up", "only_adapter_gets_gradients")
 class InPlaceForward(Sound):
     """Adds to the base's output in place, which other adapters then take for the base's."""
 

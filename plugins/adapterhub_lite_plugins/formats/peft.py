@@ -7,6 +7,8 @@ the adapter computes.
 from __future__ import annotations
 
 import json
+import math
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -25,6 +27,7 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 PREFIX = "base_model.model."
 OURS = "adapterhub_lite"  # our entry in the safetensors header, which PEFT ignores
 MAX_CONFIG = 16 << 20  # bytes
+MAX_KEPT = 1000  # names in modules_to_save
 
 # Entries that do not change what the saved tensors compute: which modules were chosen, and bookkeeping.
 INERT = frozenset(
@@ -40,14 +43,19 @@ INERT = frozenset(
         "runtime_config",
     ]
 )
-# Embeddings that PEFT saves beside the adapter although nobody trained them.
-EMBEDDINGS = ("embed_tokens", "lm_head")
+# Embeddings that PEFT saves beside the adapter although nobody trained them (save_embedding_layers), by the names that
+# models have for them.
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
+# Where PEFT keeps a trained module and the base's. With save_embedding_layers it writes copies from there too, which it
+# does not read back.
+WRAPPED = (".modules_to_save", ".original_module")
 
 
 class PeftFormat:
     """The layout of Hugging Face PEFT (https://github.com/huggingface/peft)."""
 
     name = "peft"
+    carrier = "lora"
 
     def recognises(self, folder: Path) -> bool:
         return (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file() or (folder / PICKLE).is_file()
@@ -75,8 +83,9 @@ class PeftFormat:
         entries.refuse_leftovers()
         sites, kept = _sort_tensors(checkpoint, method, kept_options, folder)
         if targets is not None:
+            wanted = set(targets)
             for site in sites:
-                if not any(_within(target, site) for target in targets):
+                if not any(tail in wanted for tail in _tails(site)):
                     raise FileError(
                         f"has an adapter at {site!r}, which target_modules does not name",
                         where=folder / WEIGHTS,
@@ -123,28 +132,36 @@ class PeftFormat:
             for name in part.tensors
         }
         layout = {keys[site, name]: t for site, part in contents.sites.items() for name, t in part.tensors.items()}
-        layout.update(contents.kept)
+        kept = {key: _beside(key, contents.sites) for key in contents.kept}
+        layout.update({kept[key]: t for key, t in contents.kept.items()})
         described = {key: (t.dtype, t.shape) for key, t in layout.items()}
         with TensorWriter(folder / WEIGHTS, described, metadata_room=room) as tensors:
-            yield _PeftWriter(tensors, keys, folder / CONFIG, config)
+            yield _PeftWriter(tensors, keys, kept, folder / CONFIG, config)
 
 
 class _PeftWriter:
     def __init__(
-        self, tensors: TensorWriter, keys: Mapping[tuple[str, str], str], path: Path, config: Mapping[str, Any]
+        self,
+        tensors: TensorWriter,
+        keys: Mapping[tuple[str, str], str],
+        kept: Mapping[str, str],
+        path: Path,
+        config: Mapping[str, Any],
     ) -> None:
-        self._tensors, self._keys, self._path, self._config = tensors, keys, path, config
+        self._tensors, self._keys, self._kept, self._path, self._config = tensors, keys, kept, path, config
 
     def write(self, site: str, name: str, tensor: Tensor) -> None:
         self._tensors.write(self._keys[site, name], tensor)
 
     def keep(self, key: str, tensor: Tensor) -> None:
-        self._tensors.write(key, tensor)
+        self._tensors.write(self._kept[key], tensor)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
         self._tensors.finish({"format": "pt", OURS: text})
-        self._path.write_text(json.dumps(self._config, indent=2, sort_keys=True, allow_nan=False) + "\n", "utf-8")
+        # Sorted, but for what is inside the entries: of pattern keys the first that matches wins.
+        text = json.dumps(dict(sorted(self._config.items())), indent=2, allow_nan=False)
+        self._path.write_text(text + "\n", "utf-8")
 
 
 class _Entries:
@@ -153,7 +170,6 @@ class _Entries:
     def __init__(self, config: dict[str, Any], path: Path) -> None:
         self.path = path
         self.left = {key: value for key, value in config.items() if key not in INERT}
-        self._megatron = config.get("megatron_config")
 
     def text(self, key: str) -> str | None:
         value = self.left.pop(key, None)
@@ -183,6 +199,8 @@ class _Entries:
     def kept(self) -> dict[str, Any]:
         kept: dict[str, Any] = {}
         if modules := self.names("modules_to_save"):
+            if len(modules) > MAX_KEPT:
+                raise self._wrong("modules_to_save", modules, f"at most {MAX_KEPT} names")
             kept["modules_to_save"] = modules
         bias = self.left.pop("bias", "none")
         if bias not in ("none", "all", "lora_only"):
@@ -190,6 +208,9 @@ class _Entries:
         if bias != "none":
             kept["bias"] = bias
         if tokens := self.left.pop("trainable_token_indices", None):
+            for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
+                if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
+                    raise self._wrong("trainable_token_indices", tokens, "a list of token numbers")
             kept["trainable_token_indices"] = tokens
         return kept
 
@@ -236,19 +257,13 @@ class _Entries:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) != len(pairs):
-            raise ValueError("a name stands twice")
-        return entries
-
-    def no_constants(name: str) -> float:
-        raise ValueError(f"{name} is not a number")
-
     try:
-        if path.stat().st_size > MAX_CONFIG:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a fifo would never end
+            raise FileError("is not a file", where=path, fix="restore the file")
+        if found.st_size > MAX_CONFIG:
             raise FileError(f"is larger than {MAX_CONFIG >> 20} MB", where=path, fix="a config has a few kB")
-        config = json.loads(path.read_text("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constants)
+        config = _strict_json(path.read_text("utf-8"))
     except FileNotFoundError:
         raise FileError("is missing", where=path, fix="an adapter folder has it beside the weights") from None
     except OSError as e:
@@ -260,6 +275,23 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise FileError("is not a JSON object", where=path, fix="restore the file")
     return config
+
+
+def _strict_json(text: str) -> Any:
+    """As `json.loads`, but no name stands twice and every number is finite."""
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            raise ValueError("a name stands twice")
+        return entries
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"{number} is not a finite number")
+        return value
+
+    return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=finite, parse_float=finite)
 
 
 def _base_class(config: Mapping[str, Any]) -> str | None:
@@ -274,17 +306,43 @@ def _facts(checkpoint: Checkpoint) -> Mapping[str, Any]:
     if text is None:
         return {}
     try:
-        facts = json.loads(text)
+        facts = _strict_json(text)
     except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):
-        raise FileError(f"the {OURS} entry of the header is not a JSON object", where=checkpoint.path)
+        raise FileError(
+            f"the {OURS} entry of the header is not a valid JSON object",
+            where=checkpoint.path,
+            fix="the file is damaged; download or save it again",
+        )
     return facts
 
 
 def _within(module: str, path: str) -> bool:
     """PEFT's rule for a list of names: the whole name, or all of it behind a dot."""
     return path == module or path.endswith("." + module)
+
+
+def _tails(path: str) -> Iterator[str]:
+    """The names that PEFT's lists of names may call the module by: its own, and all behind each dot."""
+    yield path
+    for i, c in enumerate(path):
+        if c == ".":
+            yield path[i + 1 :]
+
+
+def _plain_key(key: str) -> str:
+    """The key of a whole value, as if the module had no adapter beside it."""
+    module, _, parameter = key.rpartition(".")
+    if module.endswith(".token_adapter.base_layer"):  # of trained token rows, which are kept with it
+        return key
+    return f"{module.removesuffix('.base_layer')}.{parameter}"
+
+
+def _beside(key: str, sites: Collection[str]) -> str:
+    """The key that PEFT gives a whole value: where an adapter is beside it, the module is a `base_layer`."""
+    module, _, parameter = key.rpartition(".")
+    return f"{module}.base_layer.{parameter}" if module.removeprefix(PREFIX) in sites else key
 
 
 def _family(method: Method, part: SiteContents) -> str:
@@ -315,6 +373,8 @@ def _sort_tensors(
         match = next(((f, n, inner[: -len(s) - 1]) for s, f, n in suffixes if inner.endswith("." + s)), None)
         if match:
             family, name, site = match
+            if "" in site.split("."):
+                raise FileError(f"{key!r} names no module", where=path, fix="restore the file")
             known, tensors = found.setdefault(site, (family, {}))
             if known != family or name in tensors:
                 raise FileError(f"{key!r} is one adapter too many at {site!r}", where=path, fix="restore the file")
@@ -326,9 +386,14 @@ def _sort_tensors(
     embeddings = {site for site, (family, _) in found.items() if family == "embedding"}
     for key, tensor in others.items():
         inner = key.removeprefix(PREFIX)
+        module, _, parameter = key.rpartition(".")
+        wrapper = next((w for w in WRAPPED if module.endswith(w)), None)
+        if wrapper and f"{module.removesuffix(wrapper)}.{parameter}" in others:
+            continue
         if not _is_kept(inner, kept_options, embeddings):
             raise _unexpected(key, inner, method, path)
-        kept[key] = tensor
+        if kept.setdefault(_plain_key(key), tensor) is not tensor:
+            raise FileError(f"{key!r} stands twice, with base_layer and without", where=path, fix="restore the file")
     sites = {}
     for site, (family, tensors) in sorted(found.items()):
         here = method.at(site)
@@ -357,14 +422,14 @@ def _sort_tensors(
 
 def _is_kept(key: str, options: Mapping[str, Any], embeddings: Collection[str]) -> bool:
     """Whether PEFT saves `key` as a whole value beside the adapter."""
-    module, _, parameter = key.rpartition(".")
+    module, _, parameter = _plain_key(key).rpartition(".")
     if any(f".{m}." in f".{key}" for m in options.get("modules_to_save", ())):
         return True
     if parameter == "bias" and "bias" in options:
         return True
     if key.endswith(".token_adapter.trainable_tokens_delta"):
         return "trainable_token_indices" in options
-    module = module.removesuffix(".base_layer")
+    module = module.removesuffix(".token_adapter.base_layer")
     return parameter == "weight" and (module in embeddings or any(_within(e, module) for e in EMBEDDINGS))
 
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapterhub_lite import ConfigError, LowRank, Method, NotMergeable, Outline, Params, hookimpl
-from adapterhub_lite.pattern import first_match, spell
+from adapterhub_lite.pattern import Patterns, spell
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,8 @@ PEFT_INITS: Mapping[Init, bool | str] = {
     "random": False,
 }
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+LEAVES_BASE = ("gaussian", "orthogonal", "eva", "mica")
+PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dropout": "lora_dropout"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +68,25 @@ class LoRA(Method):
                 raise ConfigError(f"rank {rank} ({what}) is not positive", where=self.name, fix="give a rank >= 1")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout} is not in [0, 1)", where=self.name)
+        _ = self._by_rank, self._by_alpha  # patterns that cannot be matched safely are refused at once
         if self.init_weights == "orthogonal" and self.rank % 2:
             raise ConfigError(f"orthogonal init needs an even rank, not {self.rank}", where=self.name)
 
     def at(self, site: str) -> LoRA:
         if not self.rank_pattern and not self.alpha_pattern:
             return self
-        by_rank, by_alpha = first_match(self.rank_pattern, site), first_match(self.alpha_pattern, site)
+        by_rank, by_alpha = self._by_rank.first(site), self._by_alpha.first(site)
         rank = self.rank if by_rank is None else self.rank_pattern[by_rank]
         alpha = self.alpha if by_alpha is None else self.alpha_pattern[by_alpha]
         return replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    @cached_property
+    def _by_rank(self) -> Patterns:
+        return Patterns(self.rank_pattern)
+
+    @cached_property
+    def _by_alpha(self) -> Patterns:
+        return Patterns(self.alpha_pattern)
 
     @property
     def scaling(self) -> float:
@@ -186,7 +198,12 @@ class LoRA(Method):
             "A": (r, into // math.prod(kernel), *kernel),
             "B": (out, r, *(1 for _ in kernel)),
         }
-        return {**shapes, "bias": (out,)} if self.lora_bias and kind != "embedding" else shapes
+        if self.lora_bias and kind == "embedding":
+            raise NotMergeable(
+                "lora_bias holds for all layers of an adapter, and PEFT has none for embeddings",
+                fix="leave out the adapter with lora_bias or the one of the embedding",
+            )
+        return {**shapes, "bias": (out,)} if self.lora_bias else shapes
 
     def factors(self, delta: LowRank, bias: Tensor | None) -> Mapping[str, Tensor]:
         factors = {"A": delta.A, "B": delta.B}  # (r, in), (out, r)
@@ -214,22 +231,34 @@ class LoRA(Method):
                 fix="convert it to a plain LoRA where it was trained, with PEFT's "
                 "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
             )
+        if not isinstance(init, bool) and init is not None and str(init).lower() not in LEAVES_BASE:
+            raise NotMergeable(
+                f"init_lora_weights={init!r} is not known, and may have changed the base",
+                fix="write true if it did not",
+            )
         inits: dict[bool | str, Init] = {peft: ours for ours, peft in PEFT_INITS.items()}
-        if not config.pop("use_qalora", False):
+        if not config.get("use_qalora"):  # else they are left, and refused
+            config.pop("use_qalora", None)
             config.pop("qalora_group_size", None)
         config.pop("use_dora", None)
         config.pop("eva_config", None)  # how A was drawn; the base is unchanged
-        return cls(
-            rank=config.pop("r", 8),
-            alpha=config.pop("lora_alpha", 8),
-            rslora=config.pop("use_rslora", False),
-            dropout=config.pop("lora_dropout", 0.0),
-            lora_bias=config.pop("lora_bias", False),
-            rank_pattern=config.pop("rank_pattern", None) or {},
-            alpha_pattern=config.pop("alpha_pattern", None) or {},
-            # Data-driven inits leave no trace in what the trained adapter computes.
-            init_weights=inits.get(init, "kaiming") if isinstance(init, (bool, str)) else "kaiming",
-        )
+        try:
+            return cls(
+                rank=config.pop("r", 8),
+                alpha=config.pop("lora_alpha", 8),
+                rslora=config.pop("use_rslora", False),
+                dropout=config.pop("lora_dropout", 0.0),
+                lora_bias=config.pop("lora_bias", False),
+                rank_pattern=config.pop("rank_pattern", None) or {},
+                alpha_pattern=config.pop("alpha_pattern", None) or {},
+                # Data-driven inits leave no trace in what the trained adapter computes.
+                init_weights=inits.get(init, "kaiming") if isinstance(init, (bool, str)) else "kaiming",
+            )
+        except ConfigError as e:
+            ours, is_, value = e.what.partition("=")
+            if is_ and ours in PEFT_NAMES:
+                raise ConfigError(f"{PEFT_NAMES[ours]}={value}", fix=f"correct {PEFT_NAMES[ours]}") from None
+            raise
 
     def to_peft(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,143 @@
+"""Fixtures for the tests of merging: the command in this process, and adapters written by hand or by PEFT.
+
+`peers` imports PEFT, which takes seconds, so only the fixtures and tests that need it do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # as `peers` does: read once, by whoever imports huggingface_hub first
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from peers import Peer
+
+PREFIX = "base_model.model."
+
+# Name, shape of the weight; "emb" is an embedding (rows, width), the others are linear layers and convolutions.
+LAYERS: dict[str, tuple[int, ...]] = {
+    "net.layers.0.q": (13, 7),
+    "net.layers.0.k": (5, 11),
+    "net.layers.1.q": (13, 7),
+    "net.layers.1.k": (5, 11),
+    "net.conv": (6, 4, 3, 2),
+    "net.point": (8, 5, 1),
+    "net.emb": (17, 9),
+}
+
+
+class Done(NamedTuple):
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def refused(self, *words: str) -> str:
+        """Its message, if it is one of exit code 1: one printable line that has all the words."""
+        assert self.code == 1, self
+        assert self.out == ""
+        line = self.err.removesuffix("\n")
+        assert line.isprintable(), line
+        assert line.startswith("adapter: "), line
+        assert len(line) < 1100
+        for word in words:
+            assert word in line, (word, line)
+        return line
+
+
+class Handmade(Protocol):
+    def __call__(
+        self,
+        folder: Path,
+        layers: Mapping[str, int],
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        scale: float = 1.0,
+        tensors: Callable[[dict[str, Tensor]], dict[str, Tensor]] = ...,
+        **config: Any,
+    ) -> Path: ...
+
+
+@pytest.fixture(scope="session")
+def adapter() -> Callable[..., Done]:
+    """Run the command in this process."""
+    from adapterhub_lite.cli import run
+
+    def call(*args: object) -> Done:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = run([str(arg) for arg in args])
+        return Done(code, out.getvalue(), err.getvalue())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def handmade() -> Handmade:
+    """Write a LoRA in PEFT's dialect without PEFT: `layers` are names from LAYERS and their ranks."""
+
+    def write(
+        folder: Path,
+        layers: Mapping[str, int],
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        scale: float = 1.0,
+        tensors: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors,
+        **config: Any,
+    ) -> Path:
+        rng = torch.Generator().manual_seed(seed)
+        made: dict[str, Tensor] = {}
+        for name, r in layers.items():
+            out, into, *kernel = LAYERS[name]
+            a, b = ("lora_A.weight", "lora_B.weight") if name != "net.emb" else ("lora_embedding_A", "lora_embedding_B")
+            if name == "net.emb":
+                out, into = into, out
+            made[f"{PREFIX}{name}.{a}"] = torch.randn(r, into, *kernel, generator=rng)
+            made[f"{PREFIX}{name}.{b}"] = torch.randn(out, r, *(1 for _ in kernel), generator=rng) * scale
+        folder.mkdir(parents=True, exist_ok=True)
+        made = tensors({key: t.to(dtype) for key, t in made.items()})
+        save_file(made, folder / "adapter_model.safetensors", {"format": "pt"})
+        ranks = set(layers.values())
+        default = {"peft_type": "LORA", "r": max(ranks, default=1), "lora_alpha": 8, "target_modules": sorted(layers)}
+        if len(ranks) > 1:
+            default["rank_pattern"] = dict(layers)
+        (folder / "adapter_config.json").write_text(json.dumps({**default, **config}))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """An adapter that PEFT wrote, by the arguments of `peers.write_adapter`; made once, not to be changed."""
+    from peers import write_adapter
+
+    made: dict[str, Path] = {}
+
+    def get(peer: Peer, **options: Any) -> Path:
+        options = {"rank": 6, "alpha": 9, "seed": 3, **options}
+        key = f"{peer.name} {sorted(options.items())!r}"
+        if key not in made:
+            made[key] = write_adapter(tmp_path_factory.mktemp("peft") / "adapter", peer, **options)
+        return made[key]
+
+    return get
