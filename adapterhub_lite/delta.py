@@ -36,8 +36,9 @@ class LowRank(NamedTuple):
         return LowRank(self.B, self.A, self.scale * weight)
 
     def dense(self) -> Tensor:
-        """The matrix itself, (*batch, out, in), in the factors' dtype."""
-        return self.scale * (self.B @ self.A)
+        """The matrix itself, (*batch, out, in), in the wider of the factors' dtypes."""
+        wide = (self.B[..., :1, :1] + self.A[..., :1, :1]).dtype  # as torch promotes
+        return self.scale * (self.B.to(wide) @ self.A.to(wide))
 
 
 class Sparse(NamedTuple):

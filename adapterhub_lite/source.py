@@ -178,7 +178,8 @@ def make_site(name: str, part: SiteContents) -> Site:
 
 
 def _piece(method: Method, p: Params, site: Site) -> Piece:
-    here = method.at(site.name)
+    # The rules may multiply tensors: in float64, so that no rounding goes uncounted.
+    here, p = method.at(site.name), Params({name: t.double() if t.is_floating_point() else t for name, t in p.items()})
     return Piece(here.delta(p, site), (), here.delta_bias(p, site))
 
 

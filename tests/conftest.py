@@ -15,11 +15,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # as `peers` does: read once, by whoever imp
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from peers import Peer
@@ -141,3 +141,64 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return get
+
+
+class PeftAgrees(Protocol):
+    def __call__(
+        self,
+        out: Path,
+        peer: Peer,
+        parts: Sequence[Path],
+        weights: Sequence[float],
+        *,
+        kept: Path | None = None,
+        change: Callable[[nn.Module], None] = ...,
+    ) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def peft_agrees() -> PeftAgrees:
+    """Assert that PEFT with the adapter `out` is the base with Σ wᵢ ΔWᵢ folded into it in float64.
+
+    `kept`: the adapter whose whole values (heads, biases, token rows) replace the base's. `change`: what else
+    is done to the base. PEFT must load the adapter without a missing or an unexpected key.
+    """
+    from peers import dense_delta, load_peft, native, output
+
+    def replace(model: nn.Module, folder: Path) -> None:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        rows = config["trainable_token_indices"]
+        for key, value in load_file(folder / "adapter_model.safetensors").items():
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            module = name.removesuffix(".token_adapter.trainable_tokens_delta")
+            if ".lora_" in name:
+                continue
+            if module != name:
+                indices = rows if isinstance(rows, list) else rows[module.rpartition(".")[2]]
+                model.get_submodule(module).get_parameter("weight")[indices] = value.double()
+            else:
+                model.get_parameter(name.replace(".token_adapter.", ".")).copy_(value)
+
+    def check(
+        out: Path,
+        peer: Peer,
+        parts: Sequence[Path],
+        weights: Sequence[float],
+        *,
+        kept: Path | None = None,
+        change: Callable[[nn.Module], None] = lambda model: None,
+    ) -> None:
+        model = peer.build().double()
+        with torch.no_grad():
+            if kept is not None:
+                replace(model, kept)
+            for part, w in zip(parts, weights, strict=True):
+                for name, delta in dense_delta(part).items():
+                    module = model.get_submodule(name)
+                    module.get_parameter("weight").add_(native(w * delta, module))
+            change(model)
+        expected = output(model, peer)
+        torch.testing.assert_close(output(load_peft(out, peer).double(), peer), expected, rtol=1e-5, atol=1e-6)
+        assert (output(peer.build().double(), peer) - expected).abs().max() > 1e-3  # or nothing was tested
+
+    return check

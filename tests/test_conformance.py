@@ -42,19 +42,13 @@ CONFIGURATIONS = [
 ]
 
 
-# To be taken out, and noticed, as soon as the docstring says it.
-PENDING = {"documented": "the docstring calls the option init_weights `init`"}
-
-
-@parametrize_checks(*CONFIGURATIONS, expected_failures=PENDING)
+@parametrize_checks(*CONFIGURATIONS)
 def test_lora_conforms(method: Method, check: Check) -> None:
     check(method)
 
 
 @parametrize_checks(
     ah.method("lora", rank=4, alpha=7, init_weights="pissa", lora_bias=True),
-    # The change of a bias is computed in the stored dtype; what that loses is not in the error that saving tells.
-    expected_failures={**PENDING, "save_and_load": "the rounding of s times the bias is not accounted for"},
 )
 def test_lora_conforms_where_its_own_tensors_are_not_stored(method: Method, check: Check) -> None:
     check(method)
@@ -94,7 +88,7 @@ def test_the_second_adapter_has_another_rank_where_there_is_one() -> None:
 
 def test_the_suite_leaves_the_random_state_alone() -> None:
     before = torch.get_rng_state()
-    check_method(ah.method("lora", rank=2), PENDING)
+    check_method(ah.method("lora", rank=2))
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
-from peers import BERT, CONV, EMBEDDING, GPT2, LLAMA, PEERS, Peer, dense_delta, load_peft, native, output
+from peers import BERT, CONV, EMBEDDING, GPT2, LLAMA, PEERS, Peer, dense_delta
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from conftest import Done, Handmade
+    from conftest import Done, Handmade, PeftAgrees
     from torch import Tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -71,7 +71,9 @@ def norm(matrices: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float(m.norm()) ** 2 for m in matrices.values()))
 
 
-def check_error(report: dict[str, Any], out: Path, exact: dict[str, Tensor], size: dict[str, float]) -> dict[str, Tensor]:
+def check_error(
+    report: dict[str, Any], out: Path, exact: dict[str, Tensor], size: dict[str, float]
+) -> dict[str, Tensor]:
     """The reported error is the measured one, overall and for each module; returns what was stored minus the exact."""
     stored = dense_delta(out)
     lost = {name: stored.get(name, 0.0) - delta for name, delta in exact.items()}
@@ -153,7 +155,11 @@ def spectra(exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def truncated(
-    adapter: Callable[..., Done], handmade: Handmade, home: Path, terms: list[tuple[dict[str, Any], float]], *how: object
+    adapter: Callable[..., Done],
+    handmade: Handmade,
+    home: Path,
+    terms: list[tuple[dict[str, Any], float]],
+    *how: object,
 ) -> tuple[Done, Path, dict[str, Tensor], dict[str, float]]:
     folders = [handmade(home / str(i), **options) for i, (options, _) in enumerate(terms)]
     weights = [w for _, w in terms]
@@ -329,7 +335,8 @@ def test_equal_scales_keep_the_bits(
     """Scales that differ by powers of two at most: the factors stand side by side, and nothing is rounded."""
     layers = {"net.layers.0.q": 3, "net.conv": 3}
     folders = [
-        handmade(tmp_path / str(i), layers, seed=i, dtype=DTYPES[dtype], lora_alpha=alpha) for i, alpha in enumerate(alphas)
+        handmade(tmp_path / str(i), layers, seed=i, dtype=DTYPES[dtype], lora_alpha=alpha)
+        for i, alpha in enumerate(alphas)
     ]
     out = tmp_path / "out"
     done = adapter("merge", *folders, "--weights", *weights, "-o", out, "--json")
@@ -356,7 +363,10 @@ def test_one_adapter_with_weight_one_is_itself(
     a = handmade(tmp_path / "a", layers, dtype=DTYPES[dtype], **options)
     done = adapter("merge", a, "--weights", 1, "-o", tmp_path / "out", "--json")
     assert done.json["error"] == 0.0
-    with safe_open(a / "adapter_model.safetensors", "pt") as one, safe_open(tmp_path / "out/adapter_model.safetensors", "pt") as two:
+    with (
+        safe_open(a / "adapter_model.safetensors", "pt") as one,
+        safe_open(tmp_path / "out/adapter_model.safetensors", "pt") as two,
+    ):
         assert sorted(one.keys()) == sorted(two.keys())
         for key in one.keys():  # noqa: SIM118  # it is no mapping
             x, y = one.get_tensor(key), two.get_tensor(key)
@@ -380,26 +390,6 @@ def test_order_of_patterns_is_kept(adapter: Callable[..., Done], handmade: Handm
 # PEFT writes, PEFT reads --------------------------------------------------------------------------
 
 
-def folded(peer: Peer, folders: list[Path], weights: list[float], replaced: Mapping[str, Tensor]) -> torch.nn.Module:
-    """The base in float64 with Σ wᵢ ΔWᵢ in its weights, and with the values that adapters keep whole."""
-    model = peer.build().double()
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for key, value in replaced.items():
-            parameters[key.removeprefix("base_model.model.").replace(".base_layer.", ".")].copy_(value)
-        for name, delta in weighted(folders, weights)[0].items():
-            module = model.get_submodule(name)
-            module.weight += native(delta, module)
-    return model
-
-
-def same_function(out: Path, peer: Peer, expected: torch.nn.Module) -> None:
-    theirs, base = load_peft(out, peer).double(), peer.build().double()
-    y = output(expected, peer)
-    torch.testing.assert_close(output(theirs, peer), y, rtol=1e-5, atol=1e-6)
-    assert (output(base, peer) - y).abs().max() > 1e-3  # or nothing was tested
-
-
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {"rank": 4, "alpha": 5, "seed": 4}),
     "rslora": ({"use_rslora": True}, {"rank": 3, "alpha": 5, "seed": 4, "use_rslora": True}),
@@ -419,19 +409,24 @@ def options_for(peer: Peer, given_: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("peer", PEERS, ids=lambda p: p.name)
 def test_peft_computes_the_sum(
-    adapter: Callable[..., Done], written: Callable[..., Path], tmp_path: Path, peer: Peer, variant: str
+    adapter: Callable[..., Done],
+    written: Callable[..., Path],
+    peft_agrees: PeftAgrees,
+    tmp_path: Path,
+    peer: Peer,
+    variant: str,
 ) -> None:
     a, b = (written(peer, **options_for(peer, given_)) for given_ in VARIANTS[variant])
     kept = ["--keep", "none"] if peer is EMBEDDING or peer is LLAMA else []
     done = adapter("merge", a, b, "--weights", 0.7, -0.4, "-o", tmp_path / "out", *kept, "--json")
     assert done.code == 0, done
     assert done.json["error"] < 1e-7
-    same_function(tmp_path / "out", peer, folded(peer, [a, b], [0.7, -0.4], {}))
+    peft_agrees(tmp_path / "out", peer, [a, b], [0.7, -0.4])
 
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda p: p.name)
 def test_peft_reads_varying_ranks(
-    adapter: Callable[..., Done], written: Callable[..., Path], tmp_path: Path, peer: Peer
+    adapter: Callable[..., Done], written: Callable[..., Path], peft_agrees: PeftAgrees, tmp_path: Path, peer: Peer
 ) -> None:
     """The output of --budget, by PEFT's own delta and by a reader without patterns."""
     a, b = written(peer), written(peer, rank=4, alpha=5, seed=4)
@@ -440,7 +435,7 @@ def test_peft_reads_varying_ranks(
     done = adapter("merge", a, b, "--budget", full // 2, "-o", out, "--json")
     if peer is not EMBEDDING:  # of three layers, which happen to get the same
         assert len({module["rank"] for module in done.json["modules"].values()}) > 1
-    same_function(out, peer, folded(peer, [out], [1.0], {}))
+    peft_agrees(out, peer, [out], [1.0])
     for name, delta in unpatterned_delta(out).items():
         torch.testing.assert_close(delta, dense_delta(out)[name], rtol=1e-12, atol=0)
 
@@ -465,7 +460,9 @@ def biases(folder: Path) -> dict[str, Tensor]:
     assert not config["rank_pattern"]
     assert not config["use_rslora"]
     return {
-        key.removeprefix("base_model.model.").removesuffix(".lora_B.bias"): config["lora_alpha"] / config["r"] * t.double()
+        key.removeprefix("base_model.model.").removesuffix(".lora_B.bias"): config["lora_alpha"]
+        / config["r"]
+        * t.double()
         for key, t in tensors.items()
         if key.endswith("lora_B.bias")
     }
@@ -473,19 +470,20 @@ def biases(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("peer", [BERT, GPT2], ids=lambda p: p.name)
 def test_lora_bias_is_part_of_the_sum(
-    adapter: Callable[..., Done], written: Callable[..., Path], tmp_path: Path, peer: Peer
+    adapter: Callable[..., Done], written: Callable[..., Path], peft_agrees: PeftAgrees, tmp_path: Path, peer: Peer
 ) -> None:
     a = with_lora_bias(written(peer), tmp_path / "a", 1)
     b = with_lora_bias(written(peer, rank=4, alpha=5, seed=4), tmp_path / "b", 2)
     c = written(peer, rank=2, alpha=5, seed=5)
     out = tmp_path / "out"
     done = adapter("merge", a, b, c, "--weights", 0.7, -0.4, 1, "-o", out, "--json")
-    model = folded(peer, [a, b, c], [0.7, -0.4, 1.0], {})
-    one, two, stored = biases(a), biases(b), biases(out)
-    with torch.no_grad():
+    one, two = biases(a), biases(b)
+
+    def add_biases(model: torch.nn.Module) -> None:
         for name in one:
-            model.get_submodule(name).bias += 0.7 * one[name] - 0.4 * two[name]
-    same_function(out, peer, model)
+            model.get_submodule(name).get_parameter("bias").add_(0.7 * one[name] - 0.4 * two[name])
+
+    peft_agrees(out, peer, [a, b, c], [0.7, -0.4, 1.0], change=add_biases)
 
     # The error counts the bias as one more column; a coarse dtype makes it visible.
     done = adapter("merge", a, b, c, "--weights", 0.7, -0.4, 1, "--dtype", "bf16", "--force", "-o", out, "--json")
@@ -516,7 +514,9 @@ def test_bias_of_a_module_that_a_budget_drops_is_lost_and_said_so(
     assert done.json["modules"]["net.layers.0.k"] == {"rank": 0, "error": 1.0}
 
 
-def test_layers_of_every_kind_in_one_sum(adapter: Callable[..., Done], written: Callable[..., Path], tmp_path: Path) -> None:
+def test_layers_of_every_kind_in_one_sum(
+    adapter: Callable[..., Done], written: Callable[..., Path], peft_agrees: PeftAgrees, tmp_path: Path
+) -> None:
     """Parts that adapt different layers: convolutions of 1 to 3 dimensions, embeddings, transposed weights."""
     for peer in (CONV, EMBEDDING, GPT2, BERT):
         halves = peer.targets[::2], peer.targets[1::2]
@@ -524,4 +524,4 @@ def test_layers_of_every_kind_in_one_sum(adapter: Callable[..., Done], written: 
         out = tmp_path / peer.name
         assert adapter("merge", *parts, "--weights", 2, -1, "-o", out, "-q", "--keep", "none").code == 0
         assert set(json.loads((out / "adapter_config.json").read_text())["target_modules"]) == set(peer.targets)
-        same_function(out, peer, folded(peer, parts, [2.0, -1.0], {}))
+        peft_agrees(out, peer, parts, [2.0, -1.0])

@@ -247,7 +247,10 @@ class Adapters:
         if name in self._state.methods:
             raise ConfigError(f"there is an adapter {name!r} already", fix="give another name, or remove that one")
         if not name or "." in name or hasattr(Slot(), name):
-            raise ConfigError(f"an adapter cannot be called {name!r}: a submodule is called like it", fix="rename it")
+            raise ConfigError(
+                f"an adapter cannot be called {name!r}, for it becomes a submodule",
+                fix="give a name without dots that is no attribute of torch modules",
+            )
 
     def _refuse_merged(self, what: str) -> None:
         if self._state.merged:

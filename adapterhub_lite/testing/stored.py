@@ -91,13 +91,10 @@ def _same_delta(cell: Cell, back: Stored, name: str, stated: float) -> None:
     """ΔW and bias of the file against those of the tensors in memory; `stated` is the error that saving told."""
     want = _dense(cell.method, cell.p, cell.site)
     got = _dense(back.own.method.at(name), back.params(name), make_site(name, back.sites[name]))
-    # A delta that is saved as a LoRA's has been computed in the tensors' dtype, by the method's own arithmetic.
-    computed = cell.method.peft_type is None
-    rounding = max(torch.finfo(t.dtype).eps for t in cell.p.values() if t.is_floating_point()) if computed else ROUNDING
     off = float((got - want).norm()) / max(float(want.norm()), TINY) if got.shape == want.shape else math.inf
     within(
         off,
-        1.01 * stated + rounding,
+        1.01 * stated + ROUNDING,
         f"another delta or bias from the file on a {cell}",
         fix="check to_peft() and from_peft(): every option that delta() reads must come back",
     )

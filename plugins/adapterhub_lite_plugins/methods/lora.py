@@ -43,7 +43,7 @@ class LoRA(Method):
     """Low-rank adaptation (https://arxiv.org/abs/2106.09685).
 
     Options: `rank` r and `alpha` α (scaling s = α/r, or α/√r with `rslora`); `dropout` on the adapter's
-    input; `init`, of A and B; `rank_pattern` and `alpha_pattern`, other values for the modules that a
+    input; `init_weights`, of A and B; `rank_pattern` and `alpha_pattern`, other values for the modules that a
     pattern names (as in PEFT the first match wins); `lora_bias`, a trained bias behind B.
     """
 
