@@ -168,7 +168,6 @@ def _positions(indices: list[Tensor]) -> tuple[Tensor, Tensor]:
     return index, where
 
 
-@torch.no_grad()
 def norm(x: Delta) -> float:
     """The Frobenius norm, over all batch entries.
 
@@ -179,12 +178,26 @@ def norm(x: Delta) -> float:
     >>> norm(LowRank(torch.ones(8, 1), torch.ones(1, 2), -0.5))
     2.0
     """
+    return norms([x])[0]
+
+
+@torch.no_grad()
+def norms(deltas: Sequence[Delta]) -> list[float]:
+    """The norms of several deltas; the Gram matrix of an A that they share is computed once."""
+    grams: dict[int, Tensor] = {}
+    return [_norm(delta, grams) for delta in deltas]
+
+
+def _norm(x: Delta, grams: dict[int, Tensor]) -> float:
     if isinstance(x, Sparse):
         return _length(x.values)
     if isinstance(x, Dense) or x.rank > min(x.shape[-2:]):
         return _length(_dense(x))
-    B, A = _f64(x.B), _f64(x.A)
-    left, right = B.mT @ B, A @ A.mT
+    if id(x.A) not in grams:
+        A = _f64(x.A)
+        grams[id(x.A)] = A @ A.mT
+    B, right = _f64(x.B), grams[id(x.A)]
+    left = B.mT @ B
     squared = _dot(left, right)
     size = (left.diagonal(dim1=-2, dim2=-1) * right.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1)
     if squared >= _CANCELLED * _dot(size, size):
@@ -251,24 +264,26 @@ def rounded(x: LowRank, dtype: torch.dtype) -> tuple[LowRank, LowRank]:
     """
     if not dtype.is_floating_point:
         raise ConfigError(f"{dtype} cannot hold an adapter", fix="choose a floating-point type")
-    (B, B_new), (A, A_new) = _rounding(_scaled_b(x), dtype), _rounding(x.A.detach(), dtype)
+    B, A = _scaled_b(x), _f64(x.A)
+    B_new, B_lost = _rounding(B, dtype)
+    A_new, A_lost = _rounding(A, dtype)
     lost = []
-    for new, old, half in ((B_new, B, 0), (A_new, A, 1)):
-        if not math.isfinite(_largest(new)):  # an infinity rounds to itself, as if nothing were lost
-            raise NotMergeable(f"the factors are not finite in {dtype}", fix="choose a wider type")
-        if new is old:
-            continue
-        change = _f64(new) - _f64(old)
-        lost.append(LowRank(change, _f64(A_new)) if half == 0 else LowRank(_f64(B), change))
-    return LowRank(B_new, A_new), _low_rank_total(lost or [LowRank(_f64(B)[..., :0], _f64(A)[..., :0, :])])
+    if B_lost is not None:
+        lost.append(LowRank(B_lost, A if A_lost is None else _f64(A_new)))
+    if A_lost is not None:
+        lost.append(LowRank(B, A_lost))
+    return LowRank(B_new, A_new), _low_rank_total(lost or [LowRank(B[..., :0], A[..., :0, :])])
 
 
-def _rounding(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x` before and after rounding to `dtype`: one and the same tensor if nothing is lost."""
+def _rounding(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A float64 factor as stored, and what that adds to it; None if nothing."""
     new = x.to(dtype)
+    if not math.isfinite(_largest(new)):  # an infinity rounds to itself, as if nothing were lost
+        raise NotMergeable(f"the factors are not finite in {dtype}", fix="choose a wider type")
     if torch.equal(new.to(x.dtype), x):
-        return new, new
-    return x, _round_once(_f64(x), dtype)
+        return new, None
+    new = _round_once(x, dtype)
+    return new, _f64(new) - x
 
 
 def _round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -335,7 +350,8 @@ def _qr(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _f64(x: Tensor) -> Tensor:
-    return x.detach().to(torch.float64)
+    """In float64; the tensor itself if it is that already, so that who shares it still does."""
+    return x if x.dtype == torch.float64 and not x.requires_grad else x.detach().to(torch.float64)
 
 
 def _scaled_b(x: LowRank) -> Tensor:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 def validate(options: Any, *, owner: str) -> None:
     """Raise `ConfigError` if a field of the dataclass `options` has a value of the wrong type."""
-    hints = _hints(type(options))
+    hints = _hints(type(options))  # type: ignore[arg-type]  # mypy forgets that a class has a hash
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if not _fits(value, hints[field.name]):

@@ -157,8 +157,9 @@ def _one_site(source: WeightedSum, planned: Plan, writer: Writer | None, name: s
         raise NotMergeable(
             f"at {name!r} {e.what}", fix="choose a wider --dtype (bfloat16 and float32 reach 3e38)"
         ) from e
-    lost_square = algebra.norm(algebra.total([*piece.lost, lost.scaled(c)])) ** 2
-    size = algebra.norm(algebra.total([piece.delta, *(d.scaled(-1.0) for d in piece.lost)])) ** 2
+    missed = algebra.total([*piece.lost, lost.scaled(c)])
+    exact = algebra.total([piece.delta, *(d.scaled(-1.0) for d in piece.lost)])
+    lost_square, size = (length**2 for length in algebra.norms([missed, exact]))
     reach = c * float(vector_norm(stored.B, dtype=torch.float64) * vector_norm(stored.A, dtype=torch.float64))
     lost_square, size = (0.0 if square <= (NOISE * reach) ** 2 else square for square in (lost_square, size))
     part = planned.contents.sites.get(name)

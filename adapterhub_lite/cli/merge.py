@@ -24,6 +24,7 @@ DTYPES = {
     "float32": "F32", "fp32": "F32", "float64": "F64", "fp64": "F64",
     "float16": "F16", "fp16": "F16", "bfloat16": "BF16", "bf16": "BF16",
 }  # fmt: skip
+DEFAULT_WEIGHTS = "weights: 1/{} each (say --weights to choose)"
 WORST = 10  # modules shown unless --verbose
 
 
@@ -128,10 +129,8 @@ def merge(
         raise click.UsageError("--rank, --max-error and --budget exclude each other")
     if weights is not None and len(weights) != len(refs):
         raise click.UsageError(f"{len(weights)} weights for {len(refs)} adapters: give one for each")
-    if weights is None:
-        weights = [1 / len(refs)] * len(refs)
-        if not quiet and len(refs) > 1:
-            click.echo(f"weights: 1/{len(refs)} each (say --weights to choose)", err=True)
+    spoken = weights is None and len(refs) > 1 and not quiet
+    weights = weights or [1 / len(refs)] * len(refs)
     if keep is not None and keep not in (*refs, "none"):
         raise click.UsageError(f"--keep {keep!r} is none of the adapters; {nearest(keep, refs)}")
     terms = [w * load(ref) for w, ref in zip(weights, refs, strict=True)]
@@ -139,6 +138,8 @@ def merge(
     merged = whole.cut(rank=rank, max_error=max_error, budget=budget, dtype=dtype)
     if dry_run:
         planned = merged.plan(dtype=dtype, any_base=any_base, keep=keep)
+        if spoken:
+            click.echo(DEFAULT_WEIGHTS.format(len(refs)), err=True)
         if as_json:
             print_json({"dry_run": True, **_report(planned, refs, weights)})
         elif not quiet:
@@ -149,6 +150,8 @@ def merge(
     assert out is not None
     with progress("merging", quiet) as step:
         planned, error = merged.write(out, dtype=dtype, force=force, any_base=any_base, keep=keep, progress=step)
+    if spoken:
+        click.echo(DEFAULT_WEIGHTS.format(len(refs)), err=True)
     if as_json:
         print_json({"out": str(out), **_report(planned, refs, weights, error)})
     elif not quiet:
