@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # Below this share of S², the squared norm from Gram matrices has lost too many digits.
 _CANCELLED = 1e-4
 
+# Below this share of S, float64 cannot tell a norm from zero.
+_NOISE = 1e-14
+
 # Gathered rows and columns held at once by `inner(Sparse, LowRank)`: 32 MiB of float64.
 _GATHER = 1 << 22
 
@@ -172,8 +175,8 @@ def norm(x: Delta) -> float:
     """The Frobenius norm, over all batch entries.
 
     For factors it comes from two Gram matrices, and where those cancel, from the
-    triangles of two QR decompositions. The error is at most about 1e-14 · S, so the norm
-    of `a - a` is of that size and not of its square root.
+    triangles of two QR decompositions. The error is at most about 1e-14 · S, and what is
+    below that is 0: so is the norm of `a - a`.
 
     >>> norm(LowRank(torch.ones(8, 1), torch.ones(1, 2), -0.5))
     2.0
@@ -202,7 +205,8 @@ def _norm(x: Delta, grams: dict[int, Tensor]) -> float:
     size = (left.diagonal(dim1=-2, dim2=-1) * right.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1)
     if squared >= _CANCELLED * _dot(size, size):
         return abs(x.scale) * math.sqrt(squared)
-    return _length(_core(x))
+    length = _length(_core(x))
+    return 0.0 if length <= _NOISE * abs(x.scale) * _length(size) else length
 
 
 @torch.no_grad()
@@ -376,8 +380,11 @@ def _length(x: Tensor) -> float:
 
 
 def _largest(x: Tensor) -> float:
-    """The largest magnitude; NaN if there is one. Cheaper than isfinite().all()."""
-    return float(x.abs().amax().item()) if x.numel() else 0.0
+    """The largest magnitude; NaN if there is one. One pass and no copy, unlike isfinite().all()."""
+    if not x.numel():
+        return 0.0
+    low, high = (float(bound.item()) for bound in x.aminmax())
+    return max(-low, high)
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.linalg import vector_norm
-
 from . import algebra
 from ._version import __version__
 from .checkpoint import torch_dtype
@@ -26,7 +23,6 @@ from .source import DEFAULT, make_site, read
 from .staging import staged
 
 LONG_FLOAT = -1.2345678901234567e-100  # no float takes more room in JSON
-NOISE = 1e-14  # relative: below it float64 cannot tell a sum from zero
 
 
 @dataclass(frozen=True)
@@ -160,8 +156,6 @@ def _one_site(source: WeightedSum, planned: Plan, writer: Writer | None, name: s
     missed = algebra.total([*piece.lost, lost.scaled(c)])
     exact = algebra.total([piece.delta, *(d.scaled(-1.0) for d in piece.lost)])
     lost_square, size = (length**2 for length in algebra.norms([missed, exact]))
-    reach = c * float(vector_norm(stored.B, dtype=torch.float64) * vector_norm(stored.A, dtype=torch.float64))
-    lost_square, size = (0.0 if square <= (NOISE * reach) ** 2 else square for square in (lost_square, size))
     part = planned.contents.sites.get(name)
     if part is None:  # rank 0: all of it is lost
         unstored = 0.0 if piece.bias is None else float(piece.bias.norm()) ** 2

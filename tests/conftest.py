@@ -174,8 +174,7 @@ def peft_agrees() -> PeftAgrees:
             if ".lora_" in name:
                 continue
             if module != name:
-                # Of a tied layer, which has no entry of its own, they are those of the other.
-                indices = rows if isinstance(rows, list) else rows.get(module.rpartition(".")[2], [*rows.values()][0])
+                indices = rows if isinstance(rows, list) else rows[module.rpartition(".")[2]]
                 model.get_submodule(module).get_parameter("weight")[indices] = value.double()
             else:
                 model.get_parameter(name.replace(".token_adapter.", ".")).copy_(value)

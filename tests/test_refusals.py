@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,7 +33,11 @@ KEPT: dict[str, tuple[Peer, dict[str, Any], str]] = {
     "all biases": (BERT, {"bias": "all", "target_modules": ["query"]}, "layer.0.output.dense.bias"),
     "their biases": (GPT2, {"bias": "lora_only", "target_modules": ["c_attn"]}, "h.0.attn.c_attn.bias"),
     "tokens": (LLAMA, {"trainable_token_indices": [9, 3, 40]}, "embed_tokens.token_adapter.trainable_tokens_delta"),
-    "tokens by name": (EMBEDDING, {"trainable_token_indices": {"positions": [2, 0]}, "target_modules": ["proj"]}, "positions"),
+    "tokens by name": (
+        EMBEDDING,
+        {"trainable_token_indices": {"positions": [2, 0]}, "target_modules": ["proj"]},
+        "positions.token_adapter",
+    ),
 }
 
 
@@ -132,18 +138,22 @@ def test_dropped_module_becomes_no_target(adapter: Command, written: Written, tm
     """`dense` is a target but not in `pooler`, which was trained whole; without its values it must not become one."""
     a = written(BERT, modules_to_save=["pooler"], target_modules=["dense"])
     assert adapter("merge", a, "--weights", 0.5, "--keep", "none", "-o", tmp_path / "out", "-q").code == 0
-    assert not any("pooler" in name for name, _ in load_peft(tmp_path / "out", BERT).named_parameters() if "lora" in name)
+    names = [name for name, _ in load_peft(tmp_path / "out", BERT).named_parameters() if "lora" in name]
+    assert names
+    assert not any("pooler" in name for name in names)
 
 
-@pytest.mark.parametrize("peer", [LLAMA, GPT2, BERT], ids=lambda p: p.name)
-@pytest.mark.parametrize("what", ["plain", "embedding", "tokens"])
+@pytest.mark.parametrize(
+    ("peer", "what"),
+    # Not where GPT2's tied head would have a part in it: there PEFT does not load all that it saves.
+    [(GPT2, "plain"), *((peer, what) for peer in (LLAMA, BERT) for what in ("plain", "embedding", "tokens"))],
+    ids=lambda x: getattr(x, "name", x),
+)
 def test_saved_embeddings(
     adapter: Command, written: Written, peft_agrees: PeftAgrees, tmp_path: Path, peer: Peer, what: str
 ) -> None:
     """save_embedding_layers=True adds the base's own embeddings; they are kept, under the key that PEFT reads."""
     name = {"llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings"}[peer.name]
-    if what == "embedding" and peer is GPT2:
-        pytest.skip("tied: PEFT adapts the embedding and leaves the head alone, which no one weight can do")
     target = peer.targets[0]
     options = {
         "plain": {"target_modules": [target]},
@@ -316,17 +326,21 @@ def test_nothing_is_left(adapter: Command, handmade: Handmade, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-def test_weight_zero_leaves_an_adapter_out(adapter: Command, written: Written, handmade: Handmade, tmp_path: Path) -> None:
+def test_weight_zero_leaves_an_adapter_out(
+    adapter: Command, written: Written, handmade: Handmade, tmp_path: Path
+) -> None:
     """Wholly: its base and its head do not matter."""
     a = handmade(tmp_path / "a", {"net.layers.0.q": 2})
-    assert adapter("merge", a, written(LLAMA, modules_to_save=["lm_head"]), "--weights", "1 0", "-o", tmp_path / "out").code == 0
+    b = written(LLAMA, modules_to_save=["lm_head"])
+    assert adapter("merge", a, b, "--weights", "1 0", "-o", tmp_path / "out").code == 0
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert tensors.keys() == load_file(a / "adapter_model.safetensors").keys()
 
 
 def test_overflow_names_the_layer(adapter: Command, handmade: Handmade, tmp_path: Path) -> None:
     a = handmade(tmp_path / "a", {"net.layers.0.q": 2, "net.conv": 2})
-    line = adapter("merge", a, "--weights", "1234567.1", "--dtype", "float16", "-o", tmp_path / "out").refused("--dtype")
+    done = adapter("merge", a, "--weights", "1234567.1", "--dtype", "float16", "-o", tmp_path / "out")
+    line = done.refused("--dtype")
     assert "'net.layers.0.q'" in line or "'net.conv'" in line
     assert not (tmp_path / "out").exists()
 
@@ -370,7 +384,8 @@ def test_output_that_cannot_be(
     handmade(tmp_path / "a", {"net.layers.0.q": 2})
     (tmp_path / "file").write_text("text")
     assert adapter("merge", "a", "--weights", 0.5, "-o", out, "--force", "-q").refused()
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "adapter_config.json", "adapter_model.safetensors", "file"]
+    left = sorted(path.name for path in tmp_path.rglob("*"))
+    assert left == ["a", "adapter_config.json", "adapter_model.safetensors", "file"]
 
 
 def test_input_that_is_not_there(adapter: Command, handmade: Handmade, tmp_path: Path) -> None:
@@ -420,9 +435,6 @@ def test_pickle_is_not_read(adapter: Command, handmade: Handmade, tmp_path: Path
     torch.save(tensors, a / "adapter_model.bin")
     program = line.partition('python -c "')[2].rstrip().removesuffix('"')
     assert program
-    import subprocess
-    import sys
-
     subprocess.run([sys.executable, "-c", program], cwd=a, check=True)
     assert adapter("merge", a, "-o", tmp_path / "out2", "-q").code == 0
 
