@@ -36,6 +36,9 @@ class Params(Mapping[str, "Tensor"]):
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own raises and catches a KeyError
+        return name in self._tensors
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
@@ -109,7 +112,7 @@ class Method:
 
     def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """The adapted output, for the layer's input x and the base's output y."""
-        y = y + site.apply(self.delta(p, site), x).to(y.dtype)
+        y = site.add(self.delta(p, site), x, y)
         b = self.delta_bias(p, site)  # (out,)
         return y if b is None else y + site.along(b).to(y.dtype)
 

@@ -76,6 +76,10 @@ class Site:
         """What ΔW adds to the layer's output for input x; a low-rank ΔW is never written out."""
         raise _missing(type(self), "apply")
 
+    def add(self, delta: Delta, x: Tensor, y: Tensor) -> Tensor:
+        """The output y with what ΔW adds for input x, in y's dtype."""
+        return y + self.apply(delta, x).to(y.dtype)
+
     def project(self, rows: Tensor) -> Tensor:
         """`rows` (n, in) times the transposed weight: (n, out). For methods that need W only so."""
         return rows @ self.weight.to(rows.dtype).mT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,6 +37,11 @@ class LinearSite(Site):
         if isinstance(delta, LowRank):
             return delta.scale * F.linear(F.linear(x, delta.A), delta.B)  # (…, in) -> (…, r) -> (…, out)
         return F.linear(x, delta.dense())
+
+    def add(self, delta: Delta, x: Tensor, y: Tensor) -> Tensor:
+        if isinstance(delta, LowRank) and x.dtype == y.dtype == delta.B.dtype:  # one kernel for scaling and adding
+            return torch.add(y, F.linear(F.linear(x, delta.A), delta.B), alpha=delta.scale)
+        return super().add(delta, x, y)
 
 
 class TransposedLinearSite(LinearSite):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterhub_lite import ConfigError, FileError, Method, NotMergeable, hookimpl
 from adapterhub_lite.checkpoint import Checkpoint, TensorInfo, unpickle
-from adapterhub_lite.errors import nearest
+from adapterhub_lite.errors import nearest, os_error
 from adapterhub_lite.format import Contents, Format, SiteContents, Writer
 from adapterhub_lite.writer import TensorWriter
 
@@ -267,7 +267,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileError("is missing", where=path, fix="an adapter folder has it beside the weights") from None
     except OSError as e:
-        raise FileError(f"cannot be read ({e.strerror})", where=path) from None
+        raise os_error(e, path) from None
     except RecursionError:
         raise FileError("is nested too deeply", where=path, fix="restore the file") from None
     except ValueError as e:
@@ -379,7 +379,8 @@ def _sort_tensors(
             if known != family or name in tensors:
                 raise FileError(f"{key!r} is one adapter too many at {site!r}", where=path, fix="restore the file")
             if not tensor.dtype.startswith(("F", "BF")):
-                raise FileError(f"{key!r} holds {tensor.dtype}, not floating point numbers", where=path)
+                what = f"{key!r} holds {tensor.dtype}, not floating point numbers"
+                raise FileError(what, where=path, fix="dequantise or restore the file")
             tensors[name] = tensor
         else:
             others[key] = tensor
