@@ -107,8 +107,8 @@ class Adapter:
         """As `truncate`, with the dtype spelled as in safetensors; itself if nothing is asked for."""
         if rank is max_error is budget is None:
             return self
-        itemsize = ITEMSIZE[dtype or widest(self._sum)]
-        cut = Truncated(self._sum, rank=rank, max_error=max_error, budget=budget, itemsize=itemsize)
+        itemsize = ITEMSIZE[dtype or widest(self.source)]
+        cut = Truncated(self.source, rank=rank, max_error=max_error, budget=budget, itemsize=itemsize)
         return Adapter(((1.0, cut),))
 
     # What it is -------------------------------------------------------------------------------------
@@ -116,21 +116,22 @@ class Adapter:
     @property
     def sites(self) -> Mapping[str, Any]:
         """The adapted layers: name to kind and weight shape."""
-        return self._sum.sites
+        return self.source.sites
 
     def delta(self, site: str) -> Delta:
         """ΔW (out, in) at one site, computed now; float64 where anything was added up."""
-        return self._sum.piece(site).delta
+        return self.source.piece(site).delta
 
     @cached_property
     def error(self) -> RelativeError:
         """What saving would lose, by truncation and by rounding to the widest dtype of the inputs. Computes all."""
         from .save import measure
 
-        return measure(self._sum)
+        return measure(self.source)
 
     @cached_property
-    def _sum(self) -> WeightedSum:
+    def source(self) -> WeightedSum:
+        """What gives its deltas; terms of weight 0 are left out."""
         return WeightedSum(tuple((w, source) for w, source in self._terms if w != 0))
 
     def __repr__(self) -> str:
@@ -141,13 +142,13 @@ class Adapter:
 
     def plan(self, *, dtype: str | None = None, any_base: bool = False, keep: str | None = None) -> Plan:
         """What `write` would write, from headers; ranks by error or budget need the numbers."""
-        return plan(self._sum, dtype=dtype, any_base=any_base, keep=keep)
+        return plan(self.source, dtype=dtype, any_base=any_base, keep=keep)
 
     def write(self, out: Path, **options: Any) -> tuple[Plan, RelativeError]:
         """As `save`, with the dtype spelled as in safetensors and a `progress(done, total)`; what was written too."""
         from .save import save
 
-        return save(self._sum, out, **options)
+        return save(self.source, out, **options)
 
     def save(
         self,

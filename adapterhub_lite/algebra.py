@@ -23,7 +23,7 @@ from adapterhub_lite.delta import Delta, Dense, LowRank, Sparse
 from adapterhub_lite.errors import ConfigError, NotMergeable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 # Below this share of S², the squared norm from Gram matrices has lost too many digits.
 _CANCELLED = 1e-4
@@ -41,8 +41,8 @@ _ROWS = torch.contiguous_format
 
 
 @torch.no_grad()
-def total(deltas: Sequence[Delta]) -> Delta:
-    """The exact sum.
+def total(deltas: Iterable[Delta]) -> Delta:
+    """The exact sum. Deltas are taken one by one, and forgotten once the matrix is the smaller form.
 
     Low-rank deltas are summed by placing their factors side by side. If all have one
     dtype and one scale, the sum keeps both, and the stored bits; otherwise the scales are
@@ -55,24 +55,36 @@ def total(deltas: Sequence[Delta]) -> Delta:
     >>> both.shape, both.rank, both.dense().unique().tolist()
     ((5, 4), 2, [1.5])
     """
-    if not deltas:
-        raise ConfigError("a sum of no deltas has no shape", fix="give at least one")
-    shape = deltas[0].shape
+    parts: list[Delta] = []  # while they are smaller than the matrix
+    written: Tensor | None = None
+    shape: tuple[int, ...] | None = None
     for delta in deltas:
-        _same_shape(shape, delta.shape)
-    sparse = [delta for delta in deltas if isinstance(delta, Sparse)]
-    if len(sparse) == len(deltas):
-        return _sparse_total(sparse)
-    low = [delta for delta in deltas if isinstance(delta, LowRank)]
-    if len(low) == len(deltas) and sum(delta.rank for delta in low) <= min(shape[-2:]):
-        return _low_rank_total(low)
-    summed = _dense(deltas[0]).clone()
-    for delta in deltas[1:]:
-        if isinstance(delta, Sparse):
-            summed.view(-1).index_add_(0, delta.index, _f64(delta.values))
-        else:
-            summed += _dense(delta)
-    return Dense(summed)
+        _same_shape(shape or delta.shape, delta.shape)
+        shape = delta.shape
+        if written is not None:
+            _add(written, delta)
+            continue
+        parts.append(delta)
+        low = [part for part in parts if isinstance(part, LowRank)]
+        small = len(low) == len(parts) and sum(part.rank for part in low) <= min(shape[-2:])
+        if not small and not all(isinstance(part, Sparse) for part in parts):
+            written = _dense(parts[0]).clone()
+            for part in parts[1:]:
+                _add(written, part)
+            parts = []
+    if shape is None:
+        raise ConfigError("a sum of no deltas has no shape", fix="give at least one")
+    if written is not None:
+        return Dense(written)
+    sparse = [part for part in parts if isinstance(part, Sparse)]
+    return _sparse_total(sparse) if sparse else _low_rank_total([part for part in parts if isinstance(part, LowRank)])
+
+
+def _add(written: Tensor, delta: Delta) -> None:
+    if isinstance(delta, Sparse):
+        written.view(-1).index_add_(0, delta.index, _f64(delta.values))
+    else:
+        written += _dense(delta)
 
 
 def _low_rank_total(deltas: list[LowRank]) -> LowRank:

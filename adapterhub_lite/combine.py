@@ -10,12 +10,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .agreement import common_sites
 from .errors import ConfigError, NotMergeable
 from .format import Contents, SiteContents
 from .source import Extent, Piece, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .delta import Delta
 
 T = TypeVar("T")
 
@@ -62,13 +67,19 @@ class WeightedSum:
 
         from . import algebra
 
-        parts = [(w, source.piece(site)) for w, source in self._at(site)]
-        biases = [w * part.bias.double() for w, part in parts if part.bias is not None]  # (out,) each
-        return Piece(
-            algebra.total([part.delta.scaled(w) for w, part in parts]),
-            tuple(d.scaled(w) for w, part in parts for d in part.lost),
-            torch.stack(biases).sum(0) if biases else None,
-        )
+        lost: list[Delta] = []
+        biases: list[Tensor] = []  # (out,) each
+
+        def deltas() -> Iterator[Delta]:  # one by one: a thousand adapters are not in memory together
+            for w, source in self._at(site):
+                part = source.piece(site)
+                lost.extend(delta.scaled(w) for delta in part.lost)
+                if part.bias is not None:
+                    biases.append(w * part.bias.double())
+                yield part.delta.scaled(w)
+
+        delta = algebra.total(deltas())
+        return Piece(delta, tuple(lost), torch.stack(biases).sum(0) if biases else None)
 
     def recipe(self) -> dict[str, Any]:
         return {"rule": "sum", "terms": [{"weight": w, **source.recipe()} for w, source in self.terms]}

@@ -104,7 +104,7 @@ class Adapters:
         self._refuse_merged("load an adapter")
         self._check_new(name)
         value = ref if isinstance(ref, Adapter) else read(ref)
-        for own in value._sum.contents.values():
+        for own in value.source.contents.values():
             if own.kept:
                 raise FileError(
                     f"has whole values of the base beside the adapter, {next(iter(own.kept))!r} among them, "
@@ -294,7 +294,7 @@ def _tensors(value: Adapter, planned: Plan, name: str) -> Mapping[str, Tensor]:
     """The tensors of `value` at one site: its own if it is one adapter, else those of the sum."""
     if planned.verbatim is not None:
         return planned.verbatim.params(name)
-    piece = value._sum.piece(name)
+    piece = value.source.piece(name)
     low = algebra.low_rank(piece.delta)
     scale = planned.scale
     method = planned.contents.method.at(name)
