@@ -31,6 +31,9 @@ _CANCELLED = 1e-4
 # Below this share of S, float64 cannot tell a norm from zero.
 _NOISE = 1e-14
 
+# Ranks that `total` collects before it adds them to a matrix that is written out.
+_AT_ONCE = 128
+
 # Gathered rows and columns held at once by `inner(Sparse, LowRank)`: 32 MiB of float64.
 _GATHER = 1 << 22
 
@@ -58,33 +61,52 @@ def total(deltas: Iterable[Delta]) -> Delta:
     parts: list[Delta] = []  # while they are smaller than the matrix
     written: Tensor | None = None
     shape: tuple[int, ...] | None = None
+    rank = 0  # of the low-rank ones among the parts
     for delta in deltas:
         _same_shape(shape or delta.shape, delta.shape)
         shape = delta.shape
-        if written is not None:
-            _add(written, delta)
-            continue
         parts.append(delta)
-        low = [part for part in parts if isinstance(part, LowRank)]
-        small = len(low) == len(parts) and sum(part.rank for part in low) <= min(shape[-2:])
-        if not small and not all(isinstance(part, Sparse) for part in parts):
-            written = _dense(parts[0]).clone()
-            for part in parts[1:]:
-                _add(written, part)
-            parts = []
+        if isinstance(delta, LowRank):
+            rank += delta.rank
+        if written is not None:
+            if rank >= _AT_ONCE or not isinstance(delta, LowRank):
+                _add(written, parts)
+                parts, rank = [], 0
+        elif not all(isinstance(part, Sparse) for part in parts) and (
+            rank > min(shape[-2:]) or not all(isinstance(part, LowRank) for part in parts)
+        ):
+            written = torch.zeros(shape, dtype=torch.float64, device=_device(delta))
+            _add(written, parts)
+            parts, rank = [], 0
     if shape is None:
         raise ConfigError("a sum of no deltas has no shape", fix="give at least one")
     if written is not None:
+        _add(written, parts)
         return Dense(written)
     sparse = [part for part in parts if isinstance(part, Sparse)]
     return _sparse_total(sparse) if sparse else _low_rank_total([part for part in parts if isinstance(part, LowRank)])
 
 
-def _add(written: Tensor, delta: Delta) -> None:
-    if isinstance(delta, Sparse):
-        written.view(-1).index_add_(0, delta.index, _f64(delta.values))
-    else:
-        written += _dense(delta)
+def _add(written: Tensor, parts: list[Delta]) -> None:
+    """Add to a float64 matrix in place; low-rank parts together, for each pass over the matrix costs the same."""
+    low = [part for part in parts if isinstance(part, LowRank)]
+    if low:
+        B, A = torch.cat([_scaled_b(part) for part in low], -1), torch.cat([_f64(part.A) for part in low], -2)
+        if written.ndim == 2:
+            written.addmm_(B, A)
+        else:
+            written += B @ A
+    for part in parts:
+        if isinstance(part, Sparse):
+            written.view(-1).index_add_(0, part.index, _f64(part.values))
+        elif isinstance(part, Dense):
+            written += part.W
+
+
+def _device(delta: Delta) -> torch.device:
+    return (
+        delta.W.device if isinstance(delta, Dense) else (delta.A if isinstance(delta, LowRank) else delta.values).device
+    )
 
 
 def _low_rank_total(deltas: list[LowRank]) -> LowRank:
@@ -235,14 +257,14 @@ def spectrum(x: Delta) -> Tensor:
 
 
 @torch.no_grad()
-def truncate(x: Delta, rank: int) -> tuple[LowRank, LowRank]:
+def truncate(x: Delta, rank: int) -> tuple[LowRank, Delta]:
     """The best approximation of at most this rank, and the exact rest: (kept, dropped).
 
     No matrix of that rank is nearer to `x` in the Frobenius norm (Eckart and Young). Both
     parts have balanced factors, B = U√Σ and A = √Σ Vᵀ, and scale 1; of each column of U
     the entry of largest magnitude is positive, so that the result depends on the matrix
-    and not on how it was factored. Batch entries are truncated one by one. If `x` has no
-    more than this rank, the rest has rank 0.
+    and not on how it was factored. Batch entries are truncated one by one. The rest is
+    low-rank if `x` is, of rank 0 if nothing was cut off, and otherwise written out.
 
     >>> kept, dropped = truncate(Dense(torch.diag(torch.tensor([3.0, 1.0, 2.0]))), 2)
     >>> kept.rank, round(norm(kept) ** 2, 9), round(norm(dropped), 9)
@@ -251,13 +273,18 @@ def truncate(x: Delta, rank: int) -> tuple[LowRank, LowRank]:
     if rank < 0:
         raise ConfigError(f"rank is {rank}", fix="give 0 or more")
     U, S, Vh = _svd(x)
-    root = torch.where(U.amax(-2) < -U.amin(-2), -S.sqrt(), S.sqrt()) if U.numel() else S.sqrt()
-    U *= root[..., None, :]
-    Vh *= root[..., :, None]
     cut = min(rank, S.shape[-1])
+    # With the matrix at hand the rest is a difference; otherwise it is what remains of the factors.
+    written = not _has_core(x) and cut < S.shape[-1]
+    end = cut if written else S.shape[-1]
+    U, S, Vh = U[..., :, :end], S[..., :end], Vh[..., :end, :]
+    root = torch.where(U.amax(-2) < -U.amin(-2), -S.sqrt(), S.sqrt()) if U.numel() else S.sqrt()
+    B, A = U * root[..., None, :], root[..., :, None] * Vh
     # Copies, not views: two tensors of one storage cannot go into one file.
-    kept = LowRank(U[..., :, :cut].clone(memory_format=_ROWS), Vh[..., :cut, :].clone(memory_format=_ROWS))
-    return kept, LowRank(U[..., :, cut:].clone(memory_format=_ROWS), Vh[..., cut:, :].clone(memory_format=_ROWS))
+    kept = LowRank(B[..., :, :cut].clone(memory_format=_ROWS), A[..., :cut, :].clone(memory_format=_ROWS))
+    if written:
+        return kept, Dense(_dense(x) - kept.dense())
+    return kept, LowRank(B[..., :, cut:].clone(memory_format=_ROWS), A[..., cut:, :].clone(memory_format=_ROWS))
 
 
 @torch.no_grad()
