@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import PurePath
+from pathlib import PureWindowsPath
 from typing import Any
 
 from .checkpoint import TensorInfo
@@ -70,8 +70,11 @@ def _base(parts: Mapping[str, Contents], any_base: bool) -> tuple[str | None, st
         return None, None
     label, first = next(iter(named.items()))
     for other, own in named.items():
-        # A copy on somebody's disk has another path and, as a rule, the same last name.
-        if not any_base and PurePath(str(own.base)).name.lower() != PurePath(str(first.base)).name.lower():
+        # A copy on somebody's disk has another path, / or \ in it, and as a rule the same last name.
+        if (
+            not any_base
+            and PureWindowsPath(str(own.base)).name.lower() != PureWindowsPath(str(first.base)).name.lower()
+        ):
             raise NotMergeable(
                 f"{label} adapts the base model {first.base!r} and {other} adapts {own.base!r}",
                 fix=ANY_BASE,

@@ -137,10 +137,15 @@ def _write(planned: Plan, writer: Writer | None, progress: Callable[[int, int], 
         for key, info in planned.contents.kept.items():
             writer.keep(key, read(info) if info.dtype.startswith(("F", "BF")) else info.read())
     squares: dict[str, tuple[float, float]] = {}
-    for done, (name, result) in enumerate(each(source.sites, job), 1):
-        squares[name] = result
-        progress(done, total)
-    lost, size = (math.fsum(s[i] for s in squares.values()) for i in (0, 1))
+    try:
+        for done, (name, result) in enumerate(each(source.sites, job), 1):
+            squares[name] = result
+            progress(done, total)
+        lost, size = (math.fsum(s[i] for s in squares.values()) for i in (0, 1))
+    except OverflowError:
+        raise NotMergeable(
+            "the numbers are too large to measure", fix="look for a weight or an alpha that is"
+        ) from None
     return RelativeError(_ratio(lost, size), {name: _ratio(*s) for name, s in squares.items()})
 
 

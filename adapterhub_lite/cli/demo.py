@@ -36,7 +36,7 @@ def demo(folder: Path | None, seed: int, quiet: bool) -> None:
     say(f"1. A base model: {size:,} parameters over bytes, trained on Python code.")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     with progress("   training", quiet) as step:
-        tour.train(model, optimizer, texts["code"][0], 260, step)
+        tour.train(model, optimizer, texts["code"][0], 220, step)
 
     work = folder or Path(tempfile.mkdtemp(prefix="adapter-demo-"))
     try:
@@ -46,16 +46,16 @@ def demo(folder: Path | None, seed: int, quiet: bool) -> None:
             adapters.add(name, ah.method("lora", rank=8, alpha=16), targets="all-linear", seed=seed)
             adapters.activate(name)
             with progress("   training", quiet) as step:
-                optimizer = torch.optim.AdamW(adapters.param_groups(lr=4e-3), weight_decay=0.0)
-                tour.train(model, optimizer, texts[name][0], 120, step)
+                optimizer = torch.optim.AdamW(adapters.param_groups(lr=2e-3), weight_decay=0.0)
+                tour.train(model, optimizer, texts[name][0], 80, step)
             adapters.save(name, work / name, force=True)
         say("3. Merged, as files alone: the base model is not needed.")
         a, b = ah.load(work / "prose"), ah.load(work / "tables")
-        merged = 0.6 * a + 0.6 * b
+        merged = 0.7 * a + 0.5 * b
         exact = merged.save(work / "merged", force=True)
         small = merged.truncate(rank=8).save(work / "merged-rank8", force=True)
-        say(f"   adapter merge prose tables --weights 0.6 0.6 -o merged                  error {exact.overall:.2g}")
-        say(f"   adapter merge prose tables --weights 0.6 0.6 --rank 8 -o merged-rank8   error {small.overall:.2g}")
+        say(f"   adapter merge prose tables --weights 0.7 0.5 -o merged                  error {exact.overall:.2g}")
+        say(f"   adapter merge prose tables --weights 0.7 0.5 --rank 8 -o merged-rank8   error {small.overall:.2g}")
         rows = []
         for name in ("merged", "merged-rank8"):
             adapters.load(work / name, name=name)
