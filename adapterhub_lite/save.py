@@ -69,16 +69,14 @@ def save(
     longest = {"overall": LONG_FLOAT, "modules": dict.fromkeys(source.sites, LONG_FLOAT)}
     room = len(json.dumps({**facts, "error": longest}))
     while True:
-        planned = plan(source, dtype=dtype, any_base=any_base, keep=keep)
         try:
-            with (
-                staged(out, force=force, replaceable=replaceable) as folder,
-                own.writer(folder, planned.contents, room=room) as writer,
-            ):
-                error = _write(planned, writer, progress)
-                _hold(source, error)
-                facts["error"] = error.plain()
-                writer.finish(facts)
+            with staged(out, force=force, replaceable=replaceable) as folder:  # first: a refused OUT costs no work
+                planned = plan(source, dtype=dtype, any_base=any_base, keep=keep)
+                with own.writer(folder, planned.contents, room=room) as writer:
+                    error = _write(planned, writer, progress)
+                    _hold(source, error)
+                    facts["error"] = error.plain()
+                    writer.finish(facts)
                 return planned, error
         except _TooCoarse as coarse:
             source = _tightened(source, coarse.error, planned.dtype)
@@ -86,7 +84,15 @@ def save(
 
 def measure(source: WeightedSum, *, dtype: str | None = None) -> RelativeError:
     """The error that `save` would report, without writing; adapters need not share a base for it."""
-    return _write(plan(source, dtype=dtype, any_base=True, keep="none"), None, lambda done, total: None)
+    while True:
+        planned = plan(source, dtype=dtype, any_base=True, keep="none")
+        error = _write(planned, None, lambda done, total: None)
+        try:
+            _hold(source, error)
+        except _TooCoarse:
+            source = _tightened(source, error, planned.dtype)
+        else:
+            return error
 
 
 class _TooCoarse(Exception):  # a signal to try again, not an error

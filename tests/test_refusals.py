@@ -323,6 +323,9 @@ def test_nothing_is_left(adapter: Command, handmade: Handmade, tmp_path: Path) -
     adapter("merge", a, b, "--weights", "0 0", "-o", tmp_path / "out").refused("all weights are zero")
     for weight in ("nan", "inf", "-inf", "1e999"):
         adapter("merge", a, b, "--weights", 1, weight, "-o", tmp_path / "out").refused("finite")
+    for weight in ("1e300", "-1e99", "1.2345e200"):
+        adapter("merge", a, b, "--weights", 1, weight, "-o", tmp_path / "out").refused("float32")
+    adapter("merge", a, "--max-error", "nan", "-o", tmp_path / "out").refused("nan")
     assert not (tmp_path / "out").exists()
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
 }
 
 
+COMPLETING = "_ADAPTER_COMPLETE"
 LONGEST = 1000  # characters of a message
 
 
@@ -42,12 +43,6 @@ class Commands(click.Group):
             return command
         load = registry().commands().get(name)
         return None if load is None else load()
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:  # click would print an empty line first
-            raise click.Abort from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = [(name, text) for name, (_, text) in COMMANDS.items()]
@@ -91,7 +86,11 @@ def main(args: Sequence[str] | None = None) -> None:
 def run(args: Sequence[str] | None = None) -> int:
     """As `main`, but return the exit code."""
     try:
-        code: Any = adapter.main(args, prog_name="adapter", standalone_mode=False)
+        if COMPLETING in os.environ:  # the shell asks
+            adapter.main(args, prog_name="adapter")
+        # As adapter.main does, which prints an empty line when it is interrupted.
+        with adapter.make_context("adapter", list(sys.argv[1:] if args is None else args)) as ctx:
+            code: Any = adapter.invoke(ctx)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as e:

@@ -11,7 +11,7 @@ import math
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from adapterhub_lite import ConfigError, FileError, Method, NotMergeable, hookimpl
@@ -115,9 +115,7 @@ class PeftFormat:
             **method.to_peft(),
             "peft_type": method.peft_type,
             "task_type": contents.task,
-            # Somebody's local path tells a reader nothing, and strangers where it lay.
-            "base_model_name_or_path": contents.base
-            and (PurePath(contents.base).name if PurePath(contents.base).is_absolute() else contents.base),
+            "base_model_name_or_path": contents.base and _public(contents.base),
             "revision": contents.revision,
             "inference_mode": True,
             "fan_in_fan_out": contents.transposed,
@@ -292,6 +290,12 @@ def _strict_json(text: str) -> Any:
         return value
 
     return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=finite, parse_float=finite)
+
+
+def _public(name: str) -> str:
+    """Of a path its last part: the rest tells a reader nothing, and strangers where it lay."""
+    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
+    return PureWindowsPath(name).name if absolute else name
 
 
 def _base_class(config: Mapping[str, Any]) -> str | None:

@@ -35,6 +35,7 @@ PEFT_INITS: Mapping[Init, bool | str] = {
 }
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 LEAVES_BASE = ("gaussian", "orthogonal", "eva", "mica")
+MAX_ALPHA = 3e38  # of float32
 PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dropout": "lora_dropout"}
 
 
@@ -66,6 +67,10 @@ class LoRA(Method):
         for what, rank in (("rank", self.rank), *self.rank_pattern.items()):
             if rank < 1:
                 raise ConfigError(f"rank {rank} ({what}) is not positive", where=self.name, fix="give a rank >= 1")
+        for what, alpha in (("alpha", self.alpha), *self.alpha_pattern.items()):
+            if abs(alpha) > MAX_ALPHA:
+                what = f"alpha {alpha:g} ({what}) is larger than any float32"
+                raise ConfigError(what, where=self.name, fix="choose a smaller one")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout} is not in [0, 1)", where=self.name)
         _ = self._by_rank, self._by_alpha  # patterns that cannot be matched safely are refused at once
