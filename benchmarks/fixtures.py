@@ -80,9 +80,7 @@ def _once(out: Path, build: Callable[[Path], None]) -> Path:
     return out
 
 
-def _adapter(
-    shapes: Mapping[str, tuple[int, int]], rank: int, alpha: int, seed: int, dtype: str, out: Path
-) -> None:
+def _adapter(shapes: Mapping[str, tuple[int, int]], rank: int, alpha: int, seed: int, dtype: str, out: Path) -> None:
     import torch
     from safetensors.torch import save_file
 

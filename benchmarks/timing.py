@@ -135,8 +135,7 @@ def table(samples: Mapping[str, Sequence[Sample]], yardstick: str) -> str:
             continue
         wall, cpu = [s.wall for s in runs], [s.cpu for s in runs]
         ratios = [
-            "" if name == yardstick else f"{median(runs, kind) / median(unit, kind):.2f}"
-            for kind in ("wall", "cpu")
+            "" if name == yardstick else f"{median(runs, kind) / median(unit, kind):.2f}" for kind in ("wall", "cpu")
         ]
         peak = f"{max(s.peak for s in runs) / MIB:.0f}"
         cells = [name, str(len(runs)), _spread(wall), _spread(cpu), peak, *ratios]

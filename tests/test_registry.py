@@ -43,9 +43,7 @@ def gives_sites(*kinds: str) -> str:
 
 
 def gives_commands(*names: str) -> str:
-    return (
-        f"{HOOK}import click\n@hookimpl\ndef commands():\n    return [click.Command(n) for n in {names!r}]\n"
-    )
+    return f"{HOOK}import click\n@hookimpl\ndef commands():\n    return [click.Command(n) for n in {names!r}]\n"
 
 
 class SitePackages:
@@ -380,9 +378,7 @@ def test_an_interrupt_passes_and_leaves_the_plugin_untried(site: SitePackages, s
 
 def test_an_entry_point_must_lead_to_a_module(site: SitePackages) -> None:
     module = site.module("mod", gives_methods("m") + "class Plugin: pass\n")
-    site.install(
-        "d", {"cls": f"{module}:Plugin", "gone": "fake_gone", "attr": f"{module}:gone", "odd": ":::"}
-    )
+    site.install("d", {"cls": f"{module}:Plugin", "gone": "fake_gone", "attr": f"{module}:gone", "odd": ":::"})
     found = Registry()
     assert found.methods() == {}
     errors = {p.name: p.error for p in found.plugins()}
@@ -398,10 +394,7 @@ def test_a_prefix_without_its_hook_is_an_error(site: SitePackages) -> None:
     site.plugin("hello", gives_commands("hello"))  # a command wants the prefix
     found = Registry()
     assert (found.formats(), found.site_kinds(), found.methods(), found.commands()) == ({}, {}, {}, {})
-    errors = [
-        p.error.removeprefix("it has no function decorated with @hookimpl and named ")
-        for p in found.plugins()
-    ]
+    errors = [p.error.removeprefix("it has no function decorated with @hookimpl and named ") for p in found.plugins()]
     assert errors == ["formats", "methods or formats or site_kinds", "site_kinds"]
 
 
@@ -487,10 +480,7 @@ def test_two_plugins_that_give_one_method_are_both_named(site: SitePackages) -> 
     found = Registry()
     texts = [refused(lambda: found.method("lora")), refused(found.methods)]
     for text in texts:
-        assert (
-            "method 'lora' is given by plugin 'bundle' (dist-bundle 1.0) and plugin 'pack' (dist-pack 1.0)"
-            in text
-        )
+        assert "method 'lora' is given by plugin 'bundle' (dist-bundle 1.0) and plugin 'pack' (dist-pack 1.0)" in text
         assert DISABLE in text
     assert [found.method(n).name for n in ("mine", "theirs")] == ["mine", "theirs"]
     assert found.formats() == {}  # of another kind: not concerned
@@ -584,9 +574,7 @@ def test_a_class_passed_on_by_another_plugin_is_no_clash(site: SitePackages) -> 
 # Disabling
 
 
-def test_disabled_plugins_are_shown_and_never_imported(
-    site: SitePackages, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disabled_plugins_are_shown_and_never_imported(site: SitePackages, monkeypatch: pytest.MonkeyPatch) -> None:
     site.plugin("lora", gives_methods("lora"))
     site.plugin("vera", "raise ValueError")
     site.install("two", {"a": "gone", "command.b": "gone"})
@@ -656,9 +644,7 @@ def test_files_and_packages_of_a_folder_are_plugins(site: SitePackages) -> None:
 
 
 def test_a_file_cannot_shadow_an_installed_module(site: SitePackages) -> None:
-    source = gives_methods("json").replace(
-        "class C0:", "import dataclasses\n@dataclasses.dataclass\nclass C0:"
-    )
+    source = gives_methods("json").replace("class C0:", "import dataclasses\n@dataclasses.dataclass\nclass C0:")
     source = f"from __future__ import annotations\n{source}"  # dataclasses look the module up in sys.modules
     folder = write(site.root / "p", {"json.py": source, "torch/__init__.py": gives_methods("torch")})
     import json
