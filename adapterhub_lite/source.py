@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from .checkpoint import TensorInfo, check_finite, sha256
+from .checkpoint import TensorInfo, check_finite, dtype_name, sha256
 from .delta import Delta
 from .errors import FileError, nearest
 from .format import Contents, Format, Planned, SiteContents
@@ -58,11 +59,11 @@ class Source(Protocol):
         """How to make it again."""
 
 
-class Stored:
-    """An adapter folder. Its header is in memory; tensors are read when asked for and not kept."""
+class Single(ABC):
+    """One adapter: a method, and its tensors at each site."""
 
-    def __init__(self, folder: Path, name: str, contents: Contents, files: Iterable[Path]) -> None:
-        self.folder, self.name, self.own, self.files = folder, name, contents, tuple(files)
+    name: str
+    own: Contents
 
     @property
     def contents(self) -> Mapping[str, Contents]:
@@ -72,15 +73,35 @@ class Stored:
     def sites(self) -> Mapping[str, SiteContents]:
         return self.own.sites
 
+    @abstractmethod
+    def params(self, site: str) -> Params:
+        """The tensors at one site."""
+
+    def site(self, name: str) -> Site:
+        return make_site(name, self.own.sites[name])
+
+    def extent(self, site: str) -> Extent:
+        outline = self.own.method.at(site).outline(self.own.sites[site].shapes)
+        shape = self.own.sites[site].shape
+        rank = min(shape) if outline.rank is None else min(outline.rank, *shape)
+        return Extent(rank, frozenset({abs(outline.scale)}), outline.bias)
+
+    def piece(self, site: str) -> Piece:
+        # The rules may multiply tensors: in float64, so that no rounding goes uncounted.
+        p = Params({name: t.double() if t.is_floating_point() else t for name, t in self.params(site).items()})
+        here, place = self.own.method.at(site), self.site(site)
+        return Piece(here.delta(p, place), (), here.delta_bias(p, place))
+
+
+class Stored(Single):
+    """An adapter folder. Its header is in memory; tensors are read when asked for and not kept."""
+
+    def __init__(self, folder: Path, name: str, contents: Contents, files: Iterable[Path]) -> None:
+        self.folder, self.name, self.own, self.files = folder, name, contents, tuple(files)
+
     def params(self, site: str) -> Params:
         """The tensors at one site, from disk; `FileError` if one is not finite."""
         return Params({name: read(info) for name, info in self.own.sites[site].tensors.items()})
-
-    def extent(self, site: str) -> Extent:
-        return _extent(self.own.method, site, self.own.sites[site])
-
-    def piece(self, site: str) -> Piece:
-        return _piece(self.own.method, self.params(site), make_site(site, self.own.sites[site]))
 
     def recipe(self) -> dict[str, Any]:
         # Somebody's local path tells a reader nothing, and strangers where it lay.
@@ -88,7 +109,7 @@ class Stored:
         return {"adapter": name, "sha256": {file.name: sha256(file) for file in self.files}}
 
 
-class Held:
+class Held(Single):
     """An adapter in memory: a method and its tensors at live sites."""
 
     name = "the adapter in memory"
@@ -101,8 +122,6 @@ class Held:
         *,
         base: str | None = None,
     ) -> None:
-        from .checkpoint import dtype_name  # beside torch, which made the tensors
-
         self._params, self._sites = params, sites
         self.own = Contents(
             method,
@@ -119,22 +138,11 @@ class Held:
             transposed=any(site.kind == "transposed_linear" for site in sites.values()),
         )
 
-    @property
-    def contents(self) -> Mapping[str, Contents]:
-        return {self.name: self.own}
-
-    @property
-    def sites(self) -> Mapping[str, SiteContents]:
-        return self.own.sites
-
     def params(self, site: str) -> Params:
         return Params({name: t.detach() for name, t in self._params[site].items()})
 
-    def extent(self, site: str) -> Extent:
-        return _extent(self.own.method, site, self.own.sites[site])
-
-    def piece(self, site: str) -> Piece:
-        return _piece(self.own.method, self.params(site), self._sites[site])
+    def site(self, name: str) -> Site:
+        return self._sites[name]
 
     def recipe(self) -> dict[str, Any]:
         return {"adapter": None}
@@ -175,15 +183,3 @@ def read(info: TensorInfo) -> Tensor:
 def make_site(name: str, part: SiteContents) -> Site:
     """The site from header shapes alone."""
     return registry().site_kind(part.kind)(name, part.weight_shape)
-
-
-def _piece(method: Method, p: Params, site: Site) -> Piece:
-    # The rules may multiply tensors: in float64, so that no rounding goes uncounted.
-    here, p = method.at(site.name), Params({name: t.double() if t.is_floating_point() else t for name, t in p.items()})
-    return Piece(here.delta(p, site), (), here.delta_bias(p, site))
-
-
-def _extent(method: Method, name: str, part: SiteContents) -> Extent:
-    outline = method.at(name).outline(part.shapes)
-    rank = min(part.shape) if outline.rank is None else min(outline.rank, *part.shape)
-    return Extent(rank, frozenset({abs(outline.scale)}), outline.bias)
