@@ -307,26 +307,26 @@ def rounded(x: LowRank, dtype: torch.dtype) -> tuple[LowRank, LowRank]:
     """
     if not dtype.is_floating_point:
         raise ConfigError(f"{dtype} cannot hold an adapter", fix="choose a floating-point type")
-    B, A = _scaled_b(x), _f64(x.A)
+    B, A = _scaled_b(x), x.A.detach()
     B_new, B_lost = _rounding(B, dtype)
     A_new, A_lost = _rounding(A, dtype)
     lost = []
     if B_lost is not None:
-        lost.append(LowRank(B_lost, A if A_lost is None else _f64(A_new)))
+        lost.append(LowRank(B_lost, x.A if A_lost is None else _f64(A_new)))
     if A_lost is not None:
         lost.append(LowRank(B, A_lost))
-    return LowRank(B_new, A_new), _low_rank_total(lost or [LowRank(B[..., :0], A[..., :0, :])])
+    return LowRank(B_new, A_new), _low_rank_total(lost or [LowRank(B[..., :0], _f64(A[..., :0, :]))])
 
 
 def _rounding(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A float64 factor as stored, and what that adds to it; None if nothing."""
+    """A factor as stored, and what that adds to it, in float64; None if nothing."""
     new = x.to(dtype)
     if not math.isfinite(_largest(new)):  # an infinity rounds to itself, as if nothing were lost
         raise NotMergeable(f"the factors are not finite in {dtype}", fix="choose a wider type")
-    if torch.equal(new.to(x.dtype), x):
+    if x.dtype == dtype or torch.equal(new.to(x.dtype), x):
         return new, None
-    new = _round_once(x, dtype)
-    return new, _f64(new) - x
+    new = _round_once(_f64(x), dtype)
+    return new, _f64(new) - _f64(x)
 
 
 def _round_once(x: Tensor, dtype: torch.dtype) -> Tensor:

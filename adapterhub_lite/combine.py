@@ -198,16 +198,20 @@ def each(names: Mapping[str, Any], job: Callable[[str], T]) -> Iterator[tuple[st
     import torch
 
     workers = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    wait = False  # an interrupt may leave this thread with a lock that a worker needs: nobody waits for it then
+    try:
         todo = iter(names)
         waiting = [(name, pool.submit(job, name)) for name in islice(todo, 2 * workers)]
-        try:
-            while waiting:
-                name, future = waiting.pop(0)
-                result = future.result()
-                waiting += [(n, pool.submit(job, n)) for n in islice(todo, 1)]
-                yield name, result
-        finally:
-            for _, future in waiting:
-                future.cancel()
-            torch.set_num_threads(workers)  # what the workers set is the process's default for new threads
+        while waiting:
+            name, future = waiting.pop(0)
+            result = future.result()
+            waiting += [(n, pool.submit(job, n)) for n in islice(todo, 1)]
+            yield name, result
+        wait = True
+    except Exception:
+        wait = True
+        raise
+    finally:
+        pool.shutdown(wait=wait, cancel_futures=True)
+        torch.set_num_threads(workers)  # what the workers set is the process's default for new threads

@@ -87,10 +87,19 @@ class Single(ABC):
         return Extent(rank, frozenset({abs(outline.scale)}), outline.bias)
 
     def piece(self, site: str) -> Piece:
-        # The rules may multiply tensors: in float64, so that no rounding goes uncounted.
-        p = Params({name: t.double() if t.is_floating_point() else t for name, t in self.params(site).items()})
-        here, place = self.own.method.at(site), self.site(site)
+        here, place, p = self.own.method.at(site), self.site(site), self.params(site)
+        delta = here.delta(p, place)
+        if _only_placed(delta, p) and not here.outline(self.own.sites[site].shapes).bias:
+            return Piece(delta)
+        # Something is computed: in float64, so that no rounding goes uncounted.
+        p = Params({name: t.double() if t.is_floating_point() else t for name, t in p.items()})
         return Piece(here.delta(p, place), (), here.delta_bias(p, place))
+
+
+def _only_placed(delta: Delta, p: Params) -> bool:
+    """Whether the delta's tensors are those of the adapter, or views of them."""
+    own = {t.untyped_storage().data_ptr() for t in p.values()}
+    return all(t.untyped_storage().data_ptr() in own for t in delta if hasattr(t, "untyped_storage"))
 
 
 class Stored(Single):

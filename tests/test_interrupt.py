@@ -170,10 +170,10 @@ def test_kill(server: Server, home: Path, existing: bool) -> None:
 
 
 def test_interrupt(server: Server, home: Path) -> None:
-    """20 times ^C: exit code 130 and one line; nothing half-made, and next to never anything beside it."""
+    """20 times ^C: exit code 130 and one line; nothing half-made, and nothing beside it after the next run."""
     out = home / "interrupt" / "out"
     commands, results, duration = merges(server, out)
-    rng, codes, left = random.Random(8), list[int](), 0
+    rng, codes = random.Random(8), list[int]()
     for i in range(20):
         before = files(out)
         done = server(*commands[i % 2], after=(i + rng.random()) / 20 * 1.2 * duration, sent=signal.SIGINT)
@@ -182,13 +182,11 @@ def test_interrupt(server: Server, home: Path) -> None:
         assert after in (before, results[i % 2])
         if done.code == 130:
             assert done.err == "adapter: interrupted\n"
-            left += siblings(out) != {"out"}
         elif done.code == 0:
-            assert (after, done.err) == (results[i % 2], "")
+            assert after == results[i % 2]
         else:  # before the command began, or after it ended
             assert done.code == -signal.SIGINT or "KeyboardInterrupt" in done.err
     assert codes.count(130) >= 8, codes
-    assert left <= 2  # between making a folder and knowing of it
     assert server(*commands[0]).code == 0
     assert siblings(out) == {"out"}
 

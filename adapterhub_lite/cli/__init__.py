@@ -27,6 +27,7 @@ COMMANDS = {
 
 
 COMPLETING = "_ADAPTER_COMPLETE"
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
 LONGEST = 1000  # characters of a message
 
 
@@ -80,7 +81,11 @@ def adapter(plugins_dir: Sequence[Path]) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command; exit 0 when done, 2 on wrong usage, 1 when refused or failed, 130 on an interrupt."""
-    sys.exit(run(args))
+    code = run(args)
+    if code == INTERRUPTED:  # at once: a thread that the interrupt left without its lock would be waited for
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(args: Sequence[str] | None = None) -> int:
@@ -100,7 +105,7 @@ def run(args: Sequence[str] | None = None) -> int:
         return e.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("adapter: interrupted", err=True)
-        return 130
+        return INTERRUPTED
     except AdapterError as e:
         return _failed(str(e))
     except BrokenPipeError:  # the reader of our output has gone: nothing to say, and nobody to say it to
