@@ -12,10 +12,11 @@ from .checkpoint import ITEMSIZE, dtype_name
 from .combine import Truncated, WeightedSum
 from .errors import ConfigError
 from .plan import Plan, plan, widest
-from .source import Held, stored
+from .source import Held, Single, stored
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from .delta import Delta
     from .protocol import Method, Params
@@ -43,9 +44,15 @@ class Adapter:
         self._terms = terms
 
     @classmethod
-    def of(cls, method: Method, sites: Mapping[str, Site], params: Mapping[str, Params]) -> Adapter:
-        """An adapter from tensors in memory, by site name."""
-        return cls(((1.0, Held(method, sites, params)),))
+    def of(
+        cls,
+        method: Method,
+        sites: Mapping[str, Site],
+        params: Mapping[str, Params],
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> Adapter:
+        """An adapter from tensors in memory: each site's own, by its name, and those that all `shared`."""
+        return cls(((1.0, Held(method, sites, params, shared=shared)),))
 
     # Arithmetic -------------------------------------------------------------------------------------
 
@@ -112,6 +119,12 @@ class Adapter:
         return Adapter(((1.0, cut),))
 
     # What it is -------------------------------------------------------------------------------------
+
+    @property
+    def single(self) -> Single | None:
+        """The one adapter that it is, with weight 1; None for a sum."""
+        weight, only = self._terms[0]
+        return only if len(self._terms) == 1 and weight == 1.0 and isinstance(only, Single) else None
 
     @property
     def sites(self) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import PureWindowsPath
 from typing import Any
 
+from . import sketch as sketches
 from .checkpoint import TensorInfo
 from .errors import NotMergeable
 from .format import Contents, SiteContents
@@ -38,6 +39,7 @@ def common(parts: Mapping[str, Contents], *, any_base: bool = False, keep: str |
     """
     first = next(iter(parts.values()))
     base, revision = _base(parts, any_base)
+    sketch = _sketch(parts, any_base)
     tasks = {own.task for own in parts.values()}
     suffixes = [own.targets for own in parts.values()]
     kept, options = _kept(parts, keep)
@@ -56,7 +58,7 @@ def common(parts: Mapping[str, Contents], *, any_base: bool = False, keep: str |
         kept_options=options,
         targets=None if None in suffixes else tuple(sorted({t for own in suffixes for t in own or ()})),
         transposed=any(own.transposed for own in parts.values()),
-        facts={},
+        facts={"base": sketch} if sketch else {},
     )
 
 
@@ -81,6 +83,20 @@ def _base(parts: Mapping[str, Contents], any_base: bool) -> tuple[str | None, st
             )
     revisions = {own.revision for own in named.values()}
     return first.base, revisions.pop() if len(revisions) == 1 else None
+
+
+def _sketch(parts: Mapping[str, Contents], any_base: bool) -> sketches.Sketch:
+    """All that the parts tell of the base's weights; that of the first where two tell of one site."""
+    found: sketches.Sketch = {}
+    for label, own in parts.items():
+        told = sketches.told(own.facts)
+        if not any_base and (site := sketches.differing(found, told)) is not None:
+            raise NotMergeable(
+                f"{label} was trained on other weights at {site!r} than the adapters before it: on another base model",
+                fix=ANY_BASE,
+            )
+        found = {**told, **found}
+    return {site: found[site] for site in sketches.sampled(list(found))}
 
 
 def _kept(parts: Mapping[str, Contents], keep: str | None) -> tuple[dict[str, Any], dict[str, Any]]:

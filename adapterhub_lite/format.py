@@ -39,9 +39,9 @@ class SiteContents:
     """One site's part of an adapter: what layer it is, and the method's tensors by name."""
 
     kind: str
-    weight_shape: tuple[int, ...]  # as the layer stores it
+    weight_shape: tuple[int, ...]  # as the layer stores it; -1 where the tensors do not tell
     shape: tuple[int, int]  # its matrix form (out, in)
-    tensors: Mapping[str, Any]  # TensorInfo when read, Planned when to be written
+    tensors: Mapping[str, Any]  # as they are saved: TensorInfo when read, Planned when to be written
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -62,6 +62,8 @@ class Contents:
     """Its class, where PEFT noted it."""
     task: str | None = None
     """PEFT's task type."""
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    """The method's tensors that all sites have in common, as far as they are saved."""
     kept: Mapping[str, Any] = field(default_factory=dict)
     """Whole values that replace the base's (trained heads, biases, token rows), by the key that a format gives them."""
     kept_options: Mapping[str, Any] = field(default_factory=dict)
@@ -71,13 +73,14 @@ class Contents:
     transposed: bool = False
     """PEFT's `fan_in_fan_out`."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What we stored about the adapter ourselves: recipe, input hashes, error."""
+    """What we stored about the adapter ourselves: recipe, input hashes, error, a sketch of the base."""
 
 
 class Writer(Protocol):
     """Takes an adapter's tensors in any order, from any thread."""
 
     def write(self, site: str, name: str, tensor: Tensor) -> None: ...
+    def share(self, name: str, tensor: Tensor) -> None: ...
     def keep(self, key: str, tensor: Tensor) -> None: ...
     def finish(self, facts: Mapping[str, Any]) -> None: ...
 

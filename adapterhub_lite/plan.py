@@ -44,13 +44,15 @@ def plan(source: WeightedSum, *, dtype: str | None = None, any_base: bool = Fals
     """How `source` would be written. Raises `NotMergeable` where its parts contradict each other."""
     shared = common(source.contents, any_base=any_base, keep=keep)
     source = _storing(source, ITEMSIZE[dtype or widest(source)], _nbytes(shared.kept.values()))
-    extents = {name: source.extent(name) for name in source.sites}
-    ranks = {name: extent.rank for name, extent in extents.items() if extent.rank > 0}
     whole = _verbatim(source)
     if whole is not None and (dtype is None or {t.dtype for t in _numbers(whole.own)} == {dtype}):
-        own = replace(shared, sites=whole.own.sites, method=whole.own.method)
+        outlines = {name: whole.own.method.at(name).outline(part.shapes) for name, part in whole.own.sites.items()}
+        ranks = {name: outline.rank for name, outline in outlines.items() if outline.rank is not None}
+        own = replace(shared, sites=whole.own.sites, shared=whole.own.shared, method=whole.own.method)
         return Plan(own, ranks, 1.0, dtype or widest(source), source, whole)
     dtype = dtype or widest(source)
+    extents = {name: source.extent(name) for name in source.sites}
+    ranks = {name: extent.rank for name, extent in extents.items() if extent.rank > 0}
     if not ranks:
         raise NotMergeable("nothing is left: every site has rank 0", fix="there is nothing to save")
     scale = common_scale([s for extent in extents.values() for s in extent.scales], ranks.values())
@@ -122,4 +124,4 @@ def _nbytes(tensors: Iterable[Shaped]) -> int:
 
 
 def _numbers(own: Contents) -> list[TensorInfo | Planned]:
-    return [t for part in own.sites.values() for t in part.tensors.values()]
+    return [*own.shared.values(), *(t for part in own.sites.values() for t in part.tensors.values())]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Params(Mapping[str, "Tensor"]):
-    """The tensors of one adapter at one site, by the names its method gave them in `init`."""
+    """The tensors of one adapter at one site, by the names its method gave them in `init` and `shared`."""
 
     __slots__ = ("_tensors",)
 
@@ -64,6 +64,8 @@ class Method:
     """The kinds of layer it adapts."""
     reads_weight: ClassVar[bool] = False
     """Whether a rule looks at the base weight: such an adapter cannot be merged from files alone."""
+    exact_gradients: ClassVar[bool] = True
+    """Whether gradients are the derivatives of `forward`; False where the paper holds a part of it constant."""
     carries_low_rank: ClassVar[bool] = False
     """Whether `carry` and `factors` can hold any low-rank delta: what results of arithmetic are saved as."""
     peft_type: ClassVar[str | None] = None
@@ -85,7 +87,19 @@ class Method:
         """The options as they hold at the site of that name, with patterns resolved. The rules see these."""
         return self
 
+    @classmethod
+    def defines(cls, rule: str) -> bool:
+        """Whether the method has its own `rule`, in place of what `Method` does."""
+        return getattr(cls, rule) is not getattr(Method, rule)
+
     # The rules ------------------------------------------------------------------------------------
+
+    def shared(self, sites: Sequence[Site]) -> Mapping[str, Tensor]:
+        """Frozen tensors that all sites of an adapter have in common, stored once; rules find them in `p`.
+
+        They depend on the options and on the sites' shapes alone, so that a file may do without them.
+        """
+        return {}
 
     def init(self, site: Site, rng: torch.Generator) -> Mapping[str, nn.Parameter | Tensor]:
         """Fresh tensors for a site: a Parameter is trained, a Tensor is frozen; both are saved.
@@ -100,7 +114,7 @@ class Method:
         raise NotMergeable(f"method {self.name!r} is not a weight change that its tensors alone give")
 
     def outline(self, shapes: Mapping[str, tuple[int, ...]]) -> Outline:
-        """Rank and scale that `delta` will have, and whether `delta_bias` gives one, from the tensors' shapes alone.
+        """Rank and scale that `delta` will have, and whether `delta_bias` gives one, from the saved tensors' shapes.
 
         Plans are made from headers, without torch. The default says: not low rank, no bias.
         """
@@ -109,6 +123,12 @@ class Method:
     def delta_bias(self, p: Params, site: Site) -> Tensor | None:
         """The change of the bias (out,); None where the method leaves it alone."""
         return None
+
+    def before(
+        self, p: Params, args: tuple[Any, ...], kwargs: dict[str, Any], site: Site
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments that the layer is called with instead; `forward` then gets the x and y of that call."""
+        return args, kwargs
 
     def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """The adapted output, for the layer's input x and the base's output y."""
@@ -127,6 +147,16 @@ class Method:
     def groups(self, params: Mapping[str, Sequence[nn.Parameter]], lr: float) -> list[dict[str, Any]]:
         """Optimizer groups from all trained parameters, by name. Each must be in exactly one group."""
         return [{"params": [p for ps in params.values() for p in ps], "lr": lr}]
+
+    def penalty(self, p: Params, site: Site) -> Tensor | None:
+        """What the method adds to the loss at this site, a scalar; None where it adds nothing."""
+        return None
+
+    def before_step(self, p: Params, site: Site, optimizer: torch.optim.Optimizer) -> None:
+        """Change the gradients in place, once before each optimizer step; under FSDP they are DTensors."""
+
+    def after_step(self, p: Params, site: Site, optimizer: torch.optim.Optimizer) -> None:
+        """Change the tensors in place, once after each optimizer step; under FSDP they are DTensors."""
 
     # Carrying the results of arithmetic (for methods with `carries_low_rank`) ------------------------
 
@@ -147,12 +177,24 @@ class Method:
 
     # On disk: PEFT's layout ------------------------------------------------------------------------
 
+    def pack(self, p: Params) -> Mapping[str, Tensor]:
+        """The tensors of a site as they are saved: those of `p`, rearranged, no number changed."""
+        return p
+
+    def unpack(self, saved: Params, site: Site) -> Mapping[str, Tensor]:
+        """The tensors of a site from those saved: the inverse of `pack`."""
+        return saved
+
     def peft_keys(self) -> Mapping[str, Mapping[str, str]]:
-        """Key suffixes in the file: by family of site kinds ("" for any other), our tensor name to PEFT's suffix.
+        """Key suffixes in the file: by family of site kinds ("" for any other), saved tensor's name to PEFT's suffix.
 
         A site has all tensors of its family; the options are those of the site.
         """
         raise _missing(self, "peft_keys")
+
+    def peft_shared(self) -> Mapping[str, str]:
+        """Keys in the file, behind "base_model.", of those shared tensors that are saved."""
+        return {}
 
     @classmethod
     def from_peft(cls, config: dict[str, Any]) -> Self | None:
@@ -170,7 +212,8 @@ class Method:
     def place(self, family: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...], tuple[int, int]]:
         """The site kind, the weight's own shape and its matrix shape (out, in), from the saved tensors' shapes.
 
-        `family` is the one of `peft_keys` that the tensors' keys belong to; the options are those of the site.
+        A dimension that they do not tell is -1. `family` is the one of `peft_keys` that the tensors' keys belong to;
+        the options are those of the site.
 
         Raise `ConfigError` if the shapes fit no site, or contradict the options.
         """

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import algebra
+from . import algebra, options
 from ._version import __version__
 from .checkpoint import torch_dtype
 from .combine import Truncated, WeightedSum, each
 from .delta import LowRank
-from .errors import ConfigError, NotMergeable
+from .errors import AdapterError, ConfigError, NotMergeable
 from .format import Writer
 from .plan import Plan, plan
-from .protocol import Params
+from .protocol import Method, Params
 from .registry import registry
 from .source import DEFAULT, make_site, read
 from .staging import staged
@@ -67,12 +67,12 @@ def save(
 
     facts: dict[str, Any] = {"version": __version__, "recipe": source.recipe()}
     longest = {"overall": LONG_FLOAT, "modules": dict.fromkeys(source.sites, LONG_FLOAT)}
-    room = len(json.dumps({**facts, "error": longest}))
     while True:
         try:
             with staged(out, force=force, replaceable=replaceable) as folder:  # first: a refused OUT costs no work
                 planned = plan(source, dtype=dtype, any_base=any_base, keep=keep)
-                with own.writer(folder, planned.contents, room=room) as writer:
+                facts.update(planned.contents.facts, **_method(planned.contents.method))
+                with own.writer(folder, planned.contents, room=len(json.dumps({**facts, "error": longest}))) as writer:
                     error = _write(planned, writer, progress)
                     _hold(source, error)
                     facts["error"] = error.plain()
@@ -80,6 +80,15 @@ def save(
                 return planned, error
         except _TooCoarse as coarse:
             source = _tightened(source, coarse.error, planned.dtype)
+
+
+def _method(method: Method) -> dict[str, Any]:
+    """The method and its options, where the config alone would give another one to a reader."""
+    try:
+        told = type(method).from_peft(method.to_peft()) == method
+    except AdapterError:
+        told = False
+    return {} if told else {"method": {"name": method.name, "options": options.plain(method)}}
 
 
 def measure(source: WeightedSum, *, dtype: str | None = None) -> RelativeError:
@@ -134,7 +143,7 @@ def _write(planned: Plan, writer: Writer | None, progress: Callable[[int, int], 
     def job(name: str) -> tuple[float, float]:
         if whole is not None:
             if writer is not None:
-                for key, tensor in whole.params(name).items():
+                for key, tensor in whole.saved(name).items():
                     writer.write(name, key, tensor)
             return 0.0, 1.0
         return _one_site(source, planned, writer, name)
@@ -142,6 +151,8 @@ def _write(planned: Plan, writer: Writer | None, progress: Callable[[int, int], 
     if writer is not None:
         for key, info in planned.contents.kept.items():
             writer.keep(key, read(info) if info.dtype.startswith(("F", "BF")) else info.read())
+        for key, tensor in whole.saved_shared().items() if whole is not None else ():
+            writer.share(key, tensor)
     squares: dict[str, tuple[float, float]] = {}
     try:
         for done, (name, result) in enumerate(each(source.sites, job), 1):

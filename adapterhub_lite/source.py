@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .checkpoint import TensorInfo, check_finite, dtype_name, sha256
 from .delta import Delta
-from .errors import FileError, nearest
+from .errors import FileError, NotMergeable, nearest
 from .format import Contents, Format, Planned, SiteContents
 from .protocol import Params
 from .registry import Registry, registry
@@ -74,20 +75,56 @@ class Single(ABC):
         return self.own.sites
 
     @abstractmethod
-    def params(self, site: str) -> Params:
-        """The tensors at one site."""
+    def saved(self, site: str) -> Params:
+        """The tensors at one site as they are saved; `FileError` if one is not finite."""
+
+    @abstractmethod
+    def saved_shared(self) -> Mapping[str, Tensor]:
+        """Those that all sites have in common and that are saved."""
+
+    def params(self, site: str, place: Site | None = None) -> Params:
+        """The tensors at one site, as the rules take them; `place` is the live site, if there is one."""
+        tensors = self.own.method.at(site).unpack(self.saved(site), place or self.site(site))
+        return Params({**self.shared, **tensors}) if self.shared else Params(tensors)
+
+    @cached_property
+    def shared(self) -> Mapping[str, Tensor]:
+        """The tensors that all sites have in common: saved, or made again."""
+        return self.shared_at({})
+
+    def shared_at(self, places: Mapping[str, Site]) -> Mapping[str, Tensor]:
+        """As `shared`, for live sites: files may not tell the shapes that the tensors depend on."""
+        if not self.own.method.defines("shared"):
+            return {}
+        return self.saved_shared() or self.own.method.shared([places.get(n) or self._known(n) for n in self.sites])
 
     def site(self, name: str) -> Site:
         return make_site(name, self.own.sites[name])
 
+    def _known(self, name: str) -> Site:
+        site = self.site(name)
+        if -1 in site.weight_shape:
+            raise NotMergeable(
+                f"the file does not tell the shape of the layer, which {self.own.method.name!r} needs",
+                where=name,
+                fix="load it on the model, with adapters.load(), and save it again: then it does",
+            )
+        return site
+
     def extent(self, site: str) -> Extent:
+        if self.own.method.reads_weight:
+            raise NotMergeable(
+                f"{self.name}: what a {self.own.method.name!r} adapter adds depends on the base weights",
+                fix="merge it into the model instead, with adapters.load() and adapters.merge()",
+            )
+        self._known(site)
         outline = self.own.method.at(site).outline(self.own.sites[site].shapes)
         shape = self.own.sites[site].shape
         rank = min(shape) if outline.rank is None else min(outline.rank, *shape)
         return Extent(rank, frozenset({abs(outline.scale)}), outline.bias)
 
     def piece(self, site: str) -> Piece:
-        here, place, p = self.own.method.at(site), self.site(site), self.params(site)
+        here, place, p = self.own.method.at(site), self._known(site), self.params(site)
         delta = here.delta(p, place)
         if _only_placed(delta, p) and not here.outline(self.own.sites[site].shapes).bias:
             return Piece(delta)
@@ -102,15 +139,21 @@ def _only_placed(delta: Delta, p: Params) -> bool:
     return all(t.untyped_storage().data_ptr() in own for t in delta if hasattr(t, "untyped_storage"))
 
 
+def _planned(tensors: Mapping[str, Tensor]) -> dict[str, Planned]:
+    return {key: Planned(dtype_name(t.dtype), tuple(t.shape)) for key, t in tensors.items()}
+
+
 class Stored(Single):
     """An adapter folder. Its header is in memory; tensors are read when asked for and not kept."""
 
     def __init__(self, folder: Path, name: str, contents: Contents, files: Iterable[Path]) -> None:
         self.folder, self.name, self.own, self.files = folder, name, contents, tuple(files)
 
-    def params(self, site: str) -> Params:
-        """The tensors at one site, from disk; `FileError` if one is not finite."""
+    def saved(self, site: str) -> Params:
         return Params({name: read(info) for name, info in self.own.sites[site].tensors.items()})
+
+    def saved_shared(self) -> Mapping[str, Tensor]:
+        return {name: read(info) for name, info in self.own.shared.items()}
 
     def recipe(self) -> dict[str, Any]:
         # Somebody's local path tells a reader nothing, and strangers where it lay.
@@ -129,26 +172,34 @@ class Held(Single):
         sites: Mapping[str, Site],
         params: Mapping[str, Params],
         *,
+        shared: Mapping[str, Tensor] | None = None,
         base: str | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
-        self._params, self._sites = params, sites
+        """`params` are each site's own tensors, `shared` those that they have in common."""
+        self._sites, self._shared = sites, {name: t.detach() for name, t in (shared or {}).items()}
+        self._params = {n: Params({key: t.detach() for key, t in p.items()}) for n, p in params.items()}
         self.own = Contents(
             method,
             {
-                name: SiteContents(
-                    site.kind,
-                    site.weight_shape,
-                    site.shape,
-                    {key: Planned(dtype_name(t.dtype), tuple(t.shape)) for key, t in params[name].items()},
-                )
+                name: SiteContents(site.kind, site.weight_shape, site.shape, _planned(self.saved(name, method)))
                 for name, site in sites.items()
             },
             base=base,
+            shared={name: t for name, t in _planned(self._shared).items() if name in method.peft_shared()},
             transposed=any(site.kind == "transposed_linear" for site in sites.values()),
+            facts=facts or {},
         )
 
-    def params(self, site: str) -> Params:
-        return Params({name: t.detach() for name, t in self._params[site].items()})
+    def saved(self, site: str, method: Method | None = None) -> Params:
+        own = self._params[site]
+        return Params((method or self.own.method).at(site).pack(own))
+
+    def saved_shared(self) -> Mapping[str, Tensor]:
+        return {name: self._shared[name] for name in self.own.shared}
+
+    def params(self, site: str, place: Site | None = None) -> Params:
+        return Params({**self._shared, **self._params[site]})
 
     def site(self, name: str) -> Site:
         return self._sites[name]

@@ -164,7 +164,7 @@ def _report(
 ) -> dict[str, Any]:
     shapes = {name: part.shape for name, part in planned.contents.sites.items()}
     modules: dict[str, dict[str, Any]] = {
-        name: {"rank": planned.ranks[name], "shape": list(shape)} for name, shape in shapes.items()
+        name: {"rank": planned.ranks.get(name), "shape": list(shape)} for name, shape in shapes.items()
     }
     report: dict[str, Any] = {
         "adapters": [{"ref": ref, "weight": w} for ref, w in zip(refs, weights, strict=True)],
@@ -184,10 +184,10 @@ def _report(
 
 
 def _summary(planned: Plan, did: str, out: Path | None) -> str:
-    ranks = planned.ranks.values()
-    span = f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
+    ranks = sorted(planned.ranks.values()) or [0]  # no ranks: one adapter, of a method that has none
+    span = f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
     lines = [
-        f"{did} {out or 'an adapter'}: {planned.contents.method.name}, {span}, {len(planned.ranks)} modules, "
+        f"{did} {out or 'an adapter'}: {planned.contents.method.name}, {span}, {len(planned.contents.sites)} modules, "
         f"{planned.dtype}, {size(planned.nbytes)}"
     ]
     if planned.contents.kept:

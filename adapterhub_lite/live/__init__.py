@@ -11,23 +11,37 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import algebra
-from ..adapter import Adapter
-from ..adapter import load as read
-from ..delta import LowRank
-from ..errors import ConfigError, FileError, PluginError, UnknownName, nearest
-from ..plan import Plan
+from ..adapter import Adapter, load
+from ..errors import ConfigError, UnknownName, nearest
 from ..protocol import Method
 from ..seed import generator
-from ..site.linear import LinearSite
-from ..source import Held, make_site
+from .files import held, read
 from .merging import merge, unmerge
-from .targets import kind_of, select, site_of
-from .tree import Part, Slot, State, Step, attach, base_modules, detach, freeze, slots, state_of, thaw
+from .summary import Summary, summary
+from .targets import select
+from .training import param_groups, penalty, register
+from .tree import (
+    Common,
+    Part,
+    Slot,
+    State,
+    Step,
+    attach,
+    common_of,
+    detach,
+    freeze,
+    share,
+    slots,
+    state_of,
+    thaw,
+    trained,
+    unshare,
+)
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
     from ..save import RelativeError
-    from ..site import Site
 
 
 def adapt(model: nn.Module) -> Adapters:
@@ -88,51 +102,38 @@ class Adapters:
         self._check_new(name)
         if not isinstance(method, Method):
             raise ConfigError(f"{method!r} is not a method with its options", fix="give one, say ah.LoRA(rank=8)")
+        sites = select(self.model, method, _words(targets), _words(exclude))
+        common = common_of(method.shared(sites), sites)
         parts = []
-        for site in select(self.model, method, _words(targets), _words(exclude)):
+        for site in sites:
             here = method.at(site.name)
             tensors = here.init(site, generator(seed, site.name))
-            parts.append(Part(here, site, tensors, _trained(tensors)))
-        self._attach(name, method, parts)
+            parts.append(Part(here, site, tensors, trained(tensors), common))
+        self._attach(name, method, parts, common)
 
-    def load(self, ref: str | Path | Adapter, name: str) -> None:
+    def load(self, ref: str | Path | Adapter, name: str, *, any_base: bool = False) -> None:
         """The adapter in the folder `ref`, or the value `ref`, as adapter `name`. The first on a model is active.
 
-        Strict: each layer that it adapts must be there, of the same kind and shape. A sum is computed now, and its
-        tensors are float32, or float64 where the weight is.
+        Strict: each layer that it adapts must be there, of the same kind and shape, and hold the weights that it was
+        trained on, as far as the file tells; `any_base` takes other weights. A sum is computed now, and its tensors
+        are float32, or float64 where the weight is.
         """
         self._refuse_merged("load an adapter")
         self._check_new(name)
-        value = ref if isinstance(ref, Adapter) else read(ref)
-        for own in value.source.contents.values():
-            if own.kept:
-                raise FileError(
-                    f"has whole values of the base beside the adapter, {next(iter(own.kept))!r} among them, "
-                    "which a live model cannot take",
-                    where=ref,
-                    fix="save it without modules_to_save, biases and token rows, or load it with PEFT",
-                )
-        planned = value.plan()
-        trained: dict[str, list[str]] = {}
-        parts = []
-        for site in self._sites_for(planned, ref):
-            here = planned.contents.method.at(site.name)
-            if site.kind not in trained:  # it depends on the options and the kind of layer, not on which layer it is
-                trained[site.kind] = _trained(here.init(site, generator(0, site.name)))
-            parts.append(Part(here, site, _tensors(value, planned, site.name), trained[site.kind]))
-        self._attach(name, planned.contents.method, parts)
+        value = ref if isinstance(ref, Adapter) else load(ref)
+        self._attach(name, *read(self.model, value, ref, any_base=any_base))
 
     def save(
         self, name: str, out: str | Path, *, dtype: torch.dtype | None = None, force: bool = False
     ) -> RelativeError:
-        """Write adapter `name` to the folder `out`; `dtype`, `force` and the result are those of `Adapter.save`."""
-        method = self._known(name)
-        if method.reads_weight:
+        """Write adapter `name` to the folder `out`; `dtype`, `force` and the result are those of `Adapter.save`.
+
+        A sketch of the base goes with it, some of the values that it was trained on, so that it is not loaded on
+        another model. On a sharded model every process must call it, for the tensors are gathered.
+        """
+        if self._known(name).reads_weight:
             self._refuse_merged(f"save {name!r}, whose method reads the weights,")
-        parts = {part.site.name: part for part in self._parts(name)}
-        sites, params = {n: part.site for n, part in parts.items()}, {n: part.params() for n, part in parts.items()}
-        held = Held(method, sites, params, base=_base_name(self.model))
-        return Adapter(((1.0, held),)).save(out, dtype=dtype, force=force)
+        return Adapter(((1.0, held(self.model, name)),)).save(out, dtype=dtype, force=force)
 
     def remove(self, name: str) -> None:
         """Take adapter `name` off. When none is left, the model is as it was: hooks, names and what is trainable."""
@@ -140,6 +141,7 @@ class Adapters:
         self._known(name)
         for module, slot in slots(self.model):
             detach(module, slot, name)
+        unshare(self.model, name)
         state = self._state
         del state.methods[name]
         self._switch({other: weight for other, weight in state.active.items() if other != name})
@@ -189,21 +191,37 @@ class Adapters:
     # Training ---------------------------------------------------------------------------------------------
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Groups for an optimizer: every trained parameter of the active adapters once, as their methods say."""
-        groups: list[dict[str, Any]] = []
-        for name in self.active:
-            method, params = self._known(name), dict[str, list[nn.Parameter]]()
-            for part in self._parts(name):
-                for tensor in part.trained:
-                    params.setdefault(tensor, []).append(part.get_parameter(tensor))
-            own = [{**group, "params": list(group["params"])} for group in method.groups(params, lr)]
-            given = sorted(id(p) for group in own for p in group["params"])
-            if given != sorted(id(p) for ps in params.values() for p in ps):
-                raise PluginError(f"groups() of method {method.name!r} does not give each parameter exactly once")
-            groups += [group for group in own if group["params"]]
-        if not groups:
-            raise ConfigError("no active adapter has anything to train", fix="activate one")
-        return groups
+        """Groups for an optimizer: every trained parameter of the active adapters once, as their methods say.
+
+        Parameters of the base that were unfrozen after `adapt`, a new head say, are a last group with that `lr`.
+        """
+        return param_groups(self.model, lr)
+
+    def register(self, optimizer: Any) -> list[RemovableHandle]:
+        """Let the methods' step rules run with `optimizer`, once before and after each of its steps.
+
+        They go through the optimizer's own hooks, so they hold in any training loop, with gradient accumulation and
+        a GradScaler too: a step that is skipped for infinite gradients counts for nothing. Adapters that come later
+        are included. Removing the handles ends it.
+        """
+        return register(self.model, optimizer)
+
+    def penalty(self) -> Tensor:
+        """What the active adapters' methods add to the loss, a scalar: 0 for most."""
+        return penalty(self.model)
+
+    def summary(self) -> Summary:
+        """What is trained and what it costs, in numbers; printed, a small table.
+
+        >>> from adapterhub_lite.registry import registry
+        >>> layer = nn.Linear(200_000, 100_000, bias=False, device="meta")
+        >>> layer.weight = nn.Parameter(torch.zeros(()).expand(100_000, 200_000))  # 20 billion numbers, 4 bytes
+        >>> adapters = adapt(nn.Sequential(layer))
+        >>> adapters.add("a", registry().method("lora")(rank=16), targets="0")
+        >>> adapters.summary().trained, round(adapters.summary().times_fewer)
+        (4800000, 4167)
+        """
+        return summary(self.model)
 
     # Inside -----------------------------------------------------------------------------------------------
 
@@ -211,11 +229,10 @@ class Adapters:
     def _state(self) -> State:
         return state_of(self.model)
 
-    def _parts(self, name: str) -> list[Part]:
-        return [slot.parts[name] for _, slot in slots(self.model) if name in slot.parts]
-
-    def _attach(self, name: str, method: Method, parts: Sequence[Part]) -> None:
+    def _attach(self, name: str, method: Method, parts: Sequence[Part], common: Common | None) -> None:
         state = freeze(self.model)
+        if common is not None:
+            share(self.model, name, common)
         for part in parts:
             attach(part, name)
         state.methods[name] = method
@@ -256,56 +273,6 @@ class Adapters:
         if self._state.merged:
             raise ConfigError(f"cannot {what} while adapters are merged into the weights", fix="unmerge first")
 
-    def _sites_for(self, planned: Plan, ref: object) -> list[Site]:
-        """The live sites of an adapter that comes from elsewhere, in its order."""
-        contents, modules = planned.contents, dict(base_modules(self.model))
-        if missing := [name for name in contents.sites if name not in modules]:
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise UnknownName(
-                f"adapts a module {missing[0]!r}{more}, which the model does not have",
-                where=ref,
-                fix=nearest(missing[0], [name for name, module in modules.items() if kind_of(module)]),
-            )
-        sites = []
-        for name, part in contents.sites.items():
-            there, here = make_site(name, part), site_of(self.model, name, contents.method)
-            # Files do not tell apart the kinds of linear layers, and their matrix forms are alike.
-            same_kind = there.kind == here.kind or (isinstance(there, LinearSite) and isinstance(here, LinearSite))
-            if not same_kind or (there.shape, there.kernel) != (here.shape, here.kernel):
-                raise FileError(
-                    f"adapts a {there.kind} of shape {list(there.weight_shape)} at {name!r}, which is a {here.kind} "
-                    f"of shape {list(here.weight_shape)} in this model",
-                    where=ref,
-                    fix="load it on the model that it was made for",
-                )
-            sites.append(here)
-        return sites
-
 
 def _words(words: str | Sequence[str]) -> Sequence[str]:
     return (words,) if isinstance(words, str) else words
-
-
-def _trained(tensors: Mapping[str, nn.Parameter | Tensor]) -> list[str]:
-    return [name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)]
-
-
-def _tensors(value: Adapter, planned: Plan, name: str) -> Mapping[str, Tensor]:
-    """The tensors of `value` at one site: its own if it is one adapter, else those of the sum."""
-    if planned.verbatim is not None:
-        return planned.verbatim.params(name)
-    piece = value.source.piece(name)
-    low = algebra.low_rank(piece.delta)
-    scale = planned.scale
-    method = planned.contents.method.at(name)
-    factors = method.factors(LowRank(low.B.double() * (low.scale / scale), low.A, scale), piece.bias)
-    return {key: factors[key].reshape(t.shape) for key, t in planned.contents.sites[name].tensors.items()}
-
-
-def _base_name(model: nn.Module) -> str | None:
-    """What transformers calls the base model, if it is one of theirs."""
-    for holder, attribute in ((getattr(model, "config", None), "_name_or_path"), (model, "name_or_path")):
-        name = getattr(holder, attribute, None)
-        if isinstance(name, str) and name:
-            return name
-    return None

@@ -1,12 +1,13 @@
 """What adapters put into a model's tree: all state there is, so that copies, pickles and `.to()` see all of it.
 
 An adapted layer has one submodule named `adapters` (a `Slot`) with one submodule for each adapter (a `Part`: its
-tensors there), and one forward hook that reads them. What is true of the whole model lies on the model itself.
+tensors there), and a forward hook that reads them. Tensors that all layers share are in a submodule of the model
+that has the same name. What else is true of the whole model lies on the model itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -22,30 +23,40 @@ if TYPE_CHECKING:
 
     from ..site import Site
 
-SLOT = "adapters"  # the submodule of an adapted layer
+SLOT = "adapters"  # the submodule of an adapted layer, and of the model
 STATE = "_adapters_state"  # the attribute of the model
 
 
 class Part(nn.Module):
     """The tensors of one adapter at one site. They are parameters; the frozen ones never require gradients."""
 
-    def __init__(self, method: Method, site: Site, tensors: Mapping[str, Tensor], trained: Collection[str]) -> None:
+    common: Common | None
+
+    def __init__(
+        self,
+        method: Method,
+        site: Site,
+        tensors: Mapping[str, Tensor],
+        trained: Collection[str],
+        common: Common | None = None,
+    ) -> None:
         super().__init__()
         # Names, because flags on the parameters would not survive load_state_dict(assign=True).
         self.method, self.site, self.trained = method, site, tuple(name for name in tensors if name in trained)
-        weight = site.weight
-        for name, tensor in tensors.items():
-            own = tensor.detach().to(
-                device=weight.device,
-                dtype=adapter_dtype(weight.dtype) if tensor.is_floating_point() else tensor.dtype,
-                copy=True,
-                memory_format=torch.contiguous_format,
-            )
-            self.register_parameter(name, nn.Parameter(own, requires_grad=False))
+        self.__dict__["common"] = common  # not a submodule here: it is one of the model, once
+        _place(self, tensors, site.weight)
+
+    def own(self) -> Params:
+        """The tensors of this layer alone."""
+        return Params(cast("dict[str, Tensor]", self._parameters))
 
     def params(self) -> Params:
         """Looked up anew at every call: loading and sharding replace tensors."""
-        return Params(cast("dict[str, Tensor]", self._parameters))
+        own = cast("dict[str, Tensor]", self._parameters)
+        return Params(own if self.common is None else {**self.common.tensors(), **own})
+
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self.method.before(self.params(), args, kwargs, self.site)
 
     def adapted(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output with this adapter alone, in the adapter's dtype, whatever that of x and y is."""
@@ -57,6 +68,38 @@ class Part(nn.Module):
         if x.dtype != dtype and x.is_floating_point():
             x = x.to(dtype)
         return self.method.forward(self.params(), x, y if y.dtype == dtype else y.to(dtype), self.site)
+
+
+class Common(nn.Module):
+    """The frozen tensors that all parts of one adapter share."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], like: Tensor) -> None:
+        super().__init__()
+        _place(self, tensors, like)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return cast("dict[str, Tensor]", self._parameters)
+
+
+def common_of(tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> Common | None:
+    """A holder of what a method shares among `sites`, if it shares anything."""
+    return Common(tensors, sites[0].weight) if tensors else None
+
+
+class Commons(nn.Module):
+    """What adapters have on the model itself: a `Common` for each that shares tensors."""
+
+
+def _place(holder: nn.Module, tensors: Mapping[str, Tensor], like: Tensor) -> None:
+    """Copies of `tensors` as parameters of `holder`, on the device of a weight and in an adapter's dtype for it."""
+    for name, tensor in tensors.items():
+        own = tensor.detach().to(
+            device=like.device,
+            dtype=adapter_dtype(like.dtype) if tensor.is_floating_point() else tensor.dtype,
+            copy=True,
+            memory_format=torch.contiguous_format,
+        )
+        holder.register_parameter(name, nn.Parameter(own, requires_grad=False))
 
 
 class Step(NamedTuple):
@@ -72,7 +115,7 @@ class Slot(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.steps: tuple[Step, ...] = ()
-        self.hook: RemovableHandle | None = None
+        self.hooks: list[RemovableHandle] = []
         self.originals: dict[str, Tensor | None] = {}  # of the layer's parameters, while merged; None: it had none
 
     @property
@@ -90,18 +133,44 @@ class State:
     merged: bool = False
 
 
+def before_hook(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The hook of layers with adapters that define `before`. Copies and pickles know it by its name, and the next."""
+    steps = cast("Slot", module._modules[SLOT]).steps
+    return steps[0].part.before(args, kwargs) if _alone(steps) else None
+
+
 def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-    """The hook of every adapted layer. A function that copies and pickles refer to by its name: do not rename it."""
+    """The hook of every adapted layer."""
     steps = cast("Slot", module._modules[SLOT]).steps
     if not steps:
         return None
-    x: Tensor = args[0] if args else next(iter(kwargs.values()))
-    if len(steps) == 1 and steps[0].weight == 1.0:
-        return steps[0].part.adapted(x, y).to(y.dtype)
+    if _alone(steps):
+        return steps[0].part.adapted(_input(args, kwargs), y).to(y.dtype)
     total = y  # y + Σ wᵢ (yᵢ − y), which promotes y to the adapters' dtype: rounded once, at the end
     for part, weight in steps:
-        total = total + weight * (part.adapted(x, y) - y)
+        if part.method.defines("before"):  # it has its own call of the layer
+            args_i, kwargs_i = part.before(args, kwargs)
+            y_i = part.adapted(_input(args_i, kwargs_i), module.forward(*args_i, **kwargs_i))
+        else:
+            y_i = part.adapted(_input(args, kwargs), y)
+        total = total + weight * (y_i - y)
     return total.to(y.dtype)
+
+
+def _alone(steps: tuple[Step, ...]) -> bool:
+    return len(steps) == 1 and steps[0].weight == 1.0
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
+
+
+def trained(tensors: Mapping[str, nn.Parameter | Tensor]) -> list[str]:
+    """The names of those that `init` gave to be trained."""
+    return [name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)]
 
 
 def adapter_dtype(base: torch.dtype) -> torch.dtype:
@@ -154,7 +223,9 @@ def attach(part: Part, name: str) -> None:
         slot = Slot()
         module.add_module(SLOT, slot)
         # First in line: what other hooks see (FSDP's, a user's) is the adapted output.
-        slot.hook = module.register_forward_hook(forward_hook, prepend=True, with_kwargs=True)
+        slot.hooks = [module.register_forward_hook(forward_hook, prepend=True, with_kwargs=True)]
+    if part.method.defines("before") and len(slot.hooks) == 1:
+        slot.hooks.append(module.register_forward_pre_hook(before_hook, with_kwargs=True))
     slot.add_module(name, part)
     slot.train(module.training)
 
@@ -163,11 +234,32 @@ def detach(module: nn.Module, slot: Slot, name: str) -> None:
     """Take the part `name` out, if there is one, and the slot and the hook with the last."""
     slot._modules.pop(name, None)
     if not slot.parts:
-        if slot.hook is not None:
-            slot.hook.remove()
+        for hook in slot.hooks:
+            hook.remove()
         del module._modules[SLOT]
+
+
+def share(model: nn.Module, name: str, common: Common) -> None:
+    """Put what the parts of adapter `name` share on the model."""
+    commons = model._modules.get(SLOT)
+    if not isinstance(commons, Commons):
+        if hasattr(model, SLOT):
+            raise ConfigError(f"the model has an attribute {SLOT!r} of its own", fix="adapt nn.Sequential(model)")
+        commons = Commons()
+        model.add_module(SLOT, commons)
+    commons.add_module(name, common)
+
+
+def unshare(model: nn.Module, name: str) -> None:
+    """Take off what the parts of adapter `name` shared, if they did."""
+    commons = model._modules.get(SLOT)
+    if isinstance(commons, Commons):
+        commons._modules.pop(name, None)
+        if not commons._modules:
+            del model._modules[SLOT]
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's modules by name, without what adapters put there."""
-    return ((name, module) for name, module in model.named_modules() if not isinstance(module, (Slot, Part)))
+    ours = (Slot, Part, Commons, Common)
+    return ((name, module) for name, module in model.named_modules() if not isinstance(module, ours))

@@ -5,16 +5,12 @@ from __future__ import annotations
 from ..protocol import Method
 
 
-def _overrides(method: Method, rule: str) -> bool:
-    return getattr(type(method), rule) is not getattr(Method, rule)
-
-
 def has_delta(method: Method) -> str | None:
-    return None if _overrides(method, "delta") else "defines no delta()"
+    return None if method.defines("delta") else "defines no delta()"
 
 
 def has_merge(method: Method) -> str | None:
-    if _overrides(method, "delta") or _overrides(method, "merge"):
+    if method.defines("delta") or method.defines("merge"):
         return None
     return "defines neither delta() nor merge()"
 
@@ -33,6 +29,6 @@ def carries(method: Method) -> str | None:
 
 def can_be_stored(method: Method) -> str | None:
     """PEFT's layout holds the method's own tensors, or its delta as a LoRA's."""
-    if method.peft_type is not None or _overrides(method, "delta"):
+    if method.peft_type is not None or method.defines("delta"):
         return None
     return "declares no peft_type and defines no delta(): PEFT's layout has no place for it"

@@ -132,7 +132,8 @@ def _carried(carrier: Method, site: Site, rank: int, scale: float, with_bias: bo
 
 
 def _held(method: Method, made: Mapping[str, Cell]) -> Adapter:
-    return Adapter.of(method, {n: c.site for n, c in made.items()}, {n: c.p for n, c in made.items()})
+    shared = next(iter(made.values())).shared
+    return Adapter.of(method, {n: c.site for n, c in made.items()}, {n: c.own for n, c in made.items()}, shared)
 
 
 def _told(outline: Outline) -> str:

@@ -68,7 +68,8 @@ def files_are_reproducible(method: Method) -> str:
 
 def _adapter(method: Method, made: Mapping[str, Cell]) -> Adapter:
     sites = {name: cell.site for name, cell in made.items()}
-    return Adapter.of(method, sites, {name: cell.p for name, cell in made.items()})
+    shared = next(iter(made.values())).shared
+    return Adapter.of(method, sites, {name: cell.own for name, cell in made.items()}, shared)
 
 
 def _same_tensors(cell: Cell, back: Stored, name: str) -> int:
@@ -76,15 +77,19 @@ def _same_tensors(cell: Cell, back: Stored, name: str) -> int:
     if cell.method.peft_type is None:
         return 0
     layout = {key for names in cell.method.peft_keys().values() for key in names}
-    if not cell.p.keys() <= layout:
+    packed = cell.method.pack(cell.own)
+    if not packed.keys() <= layout:
         return 0
-    lost = changed(bits(cell.p), back.params(name))
+    again = back.params(name, cell.site)
+    lost = changed(bits(packed), back.saved(name))
+    for own in ({key: cell.own[key] for key in cell.trained}, cell.shared):
+        lost += changed(bits(own), {key: again[key] for key in own})
     require(
         not lost,
-        f"{', '.join(lost)} of a {cell} in {next(iter(cell.p.values())).dtype} came back changed",
-        fix="check peft_keys(): every tensor needs a key of its own",
+        f"{', '.join(lost)} of a {cell} in {next(iter(cell.own.values())).dtype} came back changed",
+        fix="check peft_keys(), pack() and unpack(): every tensor needs a key of its own",
     )
-    return len(cell.p)
+    return len(packed)
 
 
 def _same_delta(cell: Cell, back: Stored, name: str, stated: float) -> None:

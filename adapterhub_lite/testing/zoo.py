@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..errors import ConfigError, NotMergeable
 from ..protocol import Method, Params
@@ -185,7 +186,8 @@ class Cell:
 
     method: Method  # as it holds at this site
     site: Site
-    p: Params
+    own: Params  # the tensors of this layer
+    shared: Mapping[str, Tensor]  # those that all layers have in common
     trained: frozenset[str]
     x: Tensor
     y: Tensor
@@ -194,18 +196,33 @@ class Cell:
         return described(self.site)
 
     @property
+    def p(self) -> Params:
+        """The tensors that the rules are given."""
+        return Params({**self.shared, **self.own})
+
+    @property
     def module(self) -> nn.Module:
         assert self.site.module is not None
         return self.site.module
 
-    def forward(self) -> Tensor:
-        return self.method.forward(self.p, self.x, self.y, self.site)
+    def forward(self, p: Params | None = None, x: Tensor | None = None) -> Tensor:
+        """The adapted output; for other tensors or another input, if they are given."""
+        p, new = self.p if p is None else p, self.x if x is None else x
+        args, kwargs = self.method.before(p, (new,), {}, self.site)
+        y = self.y if x is None and args[0] is new else self.base(*args, **kwargs)
+        return self.method.forward(p, args[0], y, self.site)
+
+    def base(self, x: Tensor) -> Tensor:
+        """The base's output; its weights take no part in gradients."""
+        y: Tensor = functional_call(self.module, {n: t.detach() for n, t in self.module.named_parameters()}, x)
+        return y
 
     def delta(self) -> Delta:
         return self.method.delta(self.p, self.site)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(t.shape) for name, t in self.p.items()}
+        """Those of the tensors as they are saved."""
+        return {name: tuple(t.shape) for name, t in self.method.pack(self.own).items()}
 
 
 def cells(
@@ -224,6 +241,7 @@ def cells(
     for handle in handles:
         handle.remove()
     made = {}
+    shared = {key: t.detach().to(dtype) for key, t in method.shared(list(sites.values())).items()}
     for name, site in sites.items():
         here = method.at(name)
         start = here.init(site, generator(seed, name))
@@ -232,7 +250,7 @@ def cells(
         if not fresh:
             p.update({key: moved(p[key], seed, f"{name}.{key}") for key in trained})
         leaves = {key: nn.Parameter(t) if key in trained else t for key, t in p.items()}
-        made[name] = Cell(here, site, Params(leaves), trained, *seen[name])
+        made[name] = Cell(here, site, Params(leaves), shared, trained, *seen[name])
     return made
 
 

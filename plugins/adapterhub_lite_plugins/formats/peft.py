@@ -11,21 +11,27 @@ import math
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from adapterhub_lite import ConfigError, FileError, Method, NotMergeable, hookimpl
+from adapterhub_lite import AdapterError, ConfigError, FileError, Method, NotMergeable, UnknownName, hookimpl
 from adapterhub_lite.checkpoint import Checkpoint, TensorInfo, unpickle
 from adapterhub_lite.errors import nearest, os_error
 from adapterhub_lite.format import Contents, Format, SiteContents, Writer
+from adapterhub_lite.options import build
+from adapterhub_lite.registry import registry
 from adapterhub_lite.writer import TensorWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
+ROOT = "base_model."  # what an adapter has only once hangs on PEFT's own module
+PREFIX = ROOT + "model."
 OURS = "adapterhub_lite"  # our entry in the safetensors header, which PEFT ignores
+SHAPES = "shapes"  # in it, of layers whose shape the tensors do not tell
+MAX_DIMENSION = 1 << 31
 MAX_CONFIG = 16 << 20  # bytes
 MAX_KEPT = 1000  # names in modules_to_save
 
@@ -79,9 +85,11 @@ class PeftFormat:
         transposed = entries.flag("fan_in_fan_out")
         targets = entries.targets()
         kept_options = entries.kept()
-        method = entries.method(methods)
+        method = _named(facts, entries.method(methods), methods, folder / WEIGHTS)
         entries.refuse_leftovers()
+        shared = _shared(checkpoint, method)
         sites, kept = _sort_tensors(checkpoint, method, kept_options, folder)
+        sites = {name: _with_shape(name, part, facts) for name, part in sites.items()}
         if targets is not None:
             wanted = set(targets)
             for site in sites:
@@ -99,6 +107,7 @@ class PeftFormat:
             revision=revision,
             base_class=_base_class(config),
             task=task,
+            shared=shared,
             kept=kept,
             kept_options=kept_options,
             targets=None if selective else targets,
@@ -130,11 +139,15 @@ class PeftFormat:
             for name in part.tensors
         }
         layout = {keys[site, name]: t for site, part in contents.sites.items() for name, t in part.tensors.items()}
+        shared = {name: ROOT + method.peft_shared()[name] for name in contents.shared}
+        layout.update({shared[name]: t for name, t in contents.shared.items()})
         kept = {key: _beside(key, contents.sites) for key in contents.kept}
         layout.update({kept[key]: t for key, t in contents.kept.items()})
         described = {key: (t.dtype, t.shape) for key, t in layout.items()}
-        with TensorWriter(folder / WEIGHTS, described, metadata_room=room) as tensors:
-            yield _PeftWriter(tensors, keys, kept, folder / CONFIG, config)
+        shapes = {site: list(part.weight_shape) for site, part in contents.sites.items() if _untold(method, site, part)}
+        facts: dict[str, Any] = {SHAPES: shapes} if shapes else {}
+        with TensorWriter(folder / WEIGHTS, described, metadata_room=room + len(json.dumps(facts))) as tensors:
+            yield _PeftWriter(tensors, keys, shared, kept, folder / CONFIG, config, facts)
 
 
 class _PeftWriter:
@@ -142,20 +155,26 @@ class _PeftWriter:
         self,
         tensors: TensorWriter,
         keys: Mapping[tuple[str, str], str],
+        shared: Mapping[str, str],
         kept: Mapping[str, str],
         path: Path,
         config: Mapping[str, Any],
+        facts: Mapping[str, Any],
     ) -> None:
-        self._tensors, self._keys, self._kept, self._path, self._config = tensors, keys, kept, path, config
+        self._tensors, self._path, self._config, self._facts = tensors, path, config, facts
+        self._keys, self._shared, self._kept = keys, shared, kept
 
     def write(self, site: str, name: str, tensor: Tensor) -> None:
         self._tensors.write(self._keys[site, name], tensor)
+
+    def share(self, name: str, tensor: Tensor) -> None:
+        self._tensors.write(self._shared[name], tensor)
 
     def keep(self, key: str, tensor: Tensor) -> None:
         self._tensors.write(self._kept[key], tensor)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
-        text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        text = json.dumps({**facts, **self._facts}, sort_keys=True, separators=(",", ":"), allow_nan=False)
         self._tensors.finish({"format": "pt", OURS: text})
         # Sorted, but for what is inside the entries: of pattern keys the first that matches wins.
         text = json.dumps(dict(sorted(self._config.items())), indent=2, allow_nan=False)
@@ -322,6 +341,53 @@ def _facts(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return facts
 
 
+def _named(facts: Mapping[str, Any], plain: Method, methods: Callable[[str | None], Any], path: Path) -> Method:
+    """The method that our entry in the header names, if the config says the same of it; else what that alone means.
+
+    So another reader computes the same, and a config that was edited holds.
+    """
+    named = facts.get("method")
+    if named is None:
+        return plain
+    try:
+        found: Method = build(methods(named["name"]), named["options"], owner=f"method {named['name']!r}")
+    except UnknownName:  # the plugin is not installed
+        return plain
+    except (AdapterError, TypeError, KeyError, AttributeError):
+        raise FileError(
+            f"the {OURS} entry of the header names no method with its options",
+            where=path,
+            fix="the file is damaged; download or save it again",
+        ) from None
+    return found if found.peft_type == plain.peft_type and found.to_peft() == plain.to_peft() else plain
+
+
+def _untold(method: Method, site: str, part: SiteContents) -> bool:
+    """Whether the saved tensors leave open what shape the layer has."""
+    return -1 in method.at(site).place(_family(method.at(site), part), part.shapes)[1]
+
+
+def _with_shape(name: str, part: SiteContents, facts: Mapping[str, Any]) -> SiteContents:
+    """The site with the layer's shape from our entry in the header, where the tensors do not tell it."""
+    told = facts.get(SHAPES)
+    shape = told.get(name) if -1 in part.weight_shape and isinstance(told, dict) else None
+    if not isinstance(shape, list) or len(shape) != len(part.weight_shape):
+        return part
+    for known, n in zip(part.weight_shape, shape, strict=True):
+        if type(n) is not int or not 0 < n < MAX_DIMENSION or known not in (-1, n):
+            return part
+    return replace(part, weight_shape=tuple(shape), shape=registry().site_kind(part.kind)(name, tuple(shape)).shape)
+
+
+def _shared(checkpoint: Checkpoint, method: Method) -> dict[str, TensorInfo]:
+    found = {name: checkpoint.tensors.get(ROOT + key) for name, key in method.peft_shared().items()}
+    for name, tensor in found.items():
+        if tensor is None:
+            lacking = ROOT + method.peft_shared()[name]
+            raise FileError(f"{lacking!r} is missing", where=checkpoint.path, fix="restore the file")
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
 def _within(module: str, path: str) -> bool:
     """PEFT's rule for a list of names: the whole name, or all of it behind a dot."""
     return path == module or path.endswith("." + module)
@@ -358,15 +424,19 @@ def _sort_tensors(
 ) -> tuple[dict[str, SiteContents], dict[str, TensorInfo]]:
     """Every tensor of the file belongs to one site's adapter or is kept; any other is refused."""
     path = folder / WEIGHTS
-    # Suffixes as in the file, longest first, so that none hides a longer one.
-    suffixes = sorted(
-        ((suffix, family, name) for family, names in method.peft_keys().items() for name, suffix in names.items()),
-        key=lambda s: -len(s[0]),
-    )
-    found: dict[str, tuple[str, dict[str, TensorInfo]]] = {}
+    # The families that have each suffix, longest first, so that none hides a longer one.
+    families: dict[str, set[str]] = {}
+    for family, names in method.peft_keys().items():
+        for suffix in names.values():
+            families.setdefault(suffix, set()).add(family)
+    suffixes = sorted(families, key=lambda s: -len(s))
+    found: dict[str, tuple[set[str], dict[str, TensorInfo]]] = {}  # by site: the families it may be of, and by suffix
     kept: dict[str, TensorInfo] = {}
     others: dict[str, TensorInfo] = {}
+    shared = {ROOT + key for key in method.peft_shared().values()}
     for key, tensor in checkpoint.tensors.items():
+        if key in shared:
+            continue
         if not key.startswith(PREFIX):
             raise FileError(
                 f"{key!r} does not begin with {PREFIX!r}",
@@ -374,21 +444,22 @@ def _sort_tensors(
                 fix="rename the tensors: PEFT would load none of them and not say so",
             )
         inner = key.removeprefix(PREFIX)
-        match = next(((f, n, inner[: -len(s) - 1]) for s, f, n in suffixes if inner.endswith("." + s)), None)
+        match = next((s for s in suffixes if inner.endswith("." + s)), None)
         if match:
-            family, name, site = match
+            site = inner[: -len(match) - 1]
             if "" in site.split("."):
                 raise FileError(f"{key!r} names no module", where=path, fix="restore the file")
-            known, tensors = found.setdefault(site, (family, {}))
-            if known != family or name in tensors:
+            possible, tensors = found.setdefault(site, (set(method.peft_keys()), {}))
+            possible &= families[match]
+            if not possible:
                 raise FileError(f"{key!r} is one adapter too many at {site!r}", where=path, fix="restore the file")
             if not tensor.dtype.startswith(("F", "BF")):
                 what = f"{key!r} holds {tensor.dtype}, not floating point numbers"
                 raise FileError(what, where=path, fix="dequantise or restore the file")
-            tensors[name] = tensor
+            tensors[match] = tensor
         else:
             others[key] = tensor
-    embeddings = {site for site, (family, _) in found.items() if family == "embedding"}
+    embeddings = {site for site, (possible, _) in found.items() if possible == {"embedding"}}
     for key, tensor in others.items():
         inner = key.removeprefix(PREFIX)
         module, _, parameter = key.rpartition(".")
@@ -400,8 +471,9 @@ def _sort_tensors(
         if kept.setdefault(_plain_key(key), tensor) is not tensor:
             raise FileError(f"{key!r} stands twice, with base_layer and without", where=path, fix="restore the file")
     sites = {}
-    for site, (family, tensors) in sorted(found.items()):
-        here = method.at(site)
+    for site, (possible, by_suffix) in sorted(found.items()):
+        here, family = method.at(site), min(possible)
+        tensors = {name: by_suffix[s] for name, s in method.peft_keys()[family].items() if s in by_suffix}
         missing = sorted(here.peft_keys()[family].keys() - tensors.keys())
         if missing:
             lacking = f"{PREFIX}{site}.{here.peft_keys()[family][missing[0]]}"

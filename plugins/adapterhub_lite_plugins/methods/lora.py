@@ -22,6 +22,7 @@ from adapterhub_lite.pattern import Patterns, spell
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from typing_extensions import Self
 
     from adapterhub_lite import Site
 
@@ -77,7 +78,7 @@ class LoRA(Method):
         if self.init_weights == "orthogonal" and self.rank % 2:
             raise ConfigError(f"orthogonal init needs an even rank, not {self.rank}", where=self.name)
 
-    def at(self, site: str) -> LoRA:
+    def at(self, site: str) -> Self:
         if not self.rank_pattern and not self.alpha_pattern:
             return self
         by_rank, by_alpha = self._by_rank.first(site), self._by_alpha.first(site)
@@ -163,7 +164,7 @@ class LoRA(Method):
         return LowRank(B, A, self.scaling)
 
     def outline(self, shapes: Mapping[str, tuple[int, ...]]) -> Outline:
-        return Outline((2 if "A0" in shapes else 1) * shapes["A"][0], self.scaling, "bias" in shapes)
+        return Outline(shapes["A"][0], self.scaling, "bias" in shapes)
 
     def delta_bias(self, p: Params, site: Site) -> Tensor | None:
         return self.scaling * p["bias"] if "bias" in p else None  # (out,): it stands behind B, so s scales it too
@@ -178,7 +179,7 @@ class LoRA(Method):
     # Results of arithmetic --------------------------------------------------------------------------
 
     @classmethod
-    def carry(cls, ranks: Mapping[str, int], *, scale: float, bias: bool) -> LoRA:
+    def carry(cls, ranks: Mapping[str, int], *, scale: float, bias: bool) -> Self:
         """The scaling is `scale` at every site, also for a reader who ignores the patterns."""
 
         def alpha(rank: int) -> float:
@@ -218,6 +219,26 @@ class LoRA(Method):
 
     # On disk --------------------------------------------------------------------------------------
 
+    @property
+    def _from_weight(self) -> bool:
+        return self.init_weights in ("pissa", "olora")
+
+    def pack(self, p: Params) -> Mapping[str, Tensor]:
+        """PiSSA and OLoRA as the LoRA of rank 2r that they are: s (B A − B₀ A₀) = s [B −B₀] [A; A₀]."""
+        if not self._from_weight:
+            return p
+        import torch
+
+        A, B = torch.cat([p["A"], p["A0"]]), torch.cat([p["B"], -p["B0"]], dim=1)  # (2r, in, …), (out, 2r, …)
+        return {**{name: t for name, t in p.items() if name not in ("A0", "B0")}, "A": A, "B": B}
+
+    def unpack(self, saved: Params, site: Site) -> Mapping[str, Tensor]:
+        if not self._from_weight:
+            return saved
+        r = self.rank
+        A, B = saved["A"], saved["B"]  # (2r, in, …), (out, 2r, …)
+        return {**saved, "A": A[:r], "B": B[:, :r], "A0": A[r:], "B0": -B[:, r:]}
+
     def peft_keys(self) -> Mapping[str, Mapping[str, str]]:
         bias = {"bias": "lora_B.bias"} if self.lora_bias else {}
         return {
@@ -226,7 +247,7 @@ class LoRA(Method):
         }
 
     @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> LoRA | None:
+    def from_peft(cls, config: dict[str, Any]) -> Self | None:
         if config.get("use_dora"):
             return None
         init = config.pop("init_lora_weights", True)
@@ -266,14 +287,16 @@ class LoRA(Method):
             raise
 
     def to_peft(self) -> dict[str, Any]:
+        k = 2 if self._from_weight else 1  # the rank is that of the tensors, and the scaling stays
+        scale = (math.sqrt(k) if self.rslora else k) if k > 1 else 1
         return {
-            "r": self.rank,
-            "lora_alpha": self.alpha,
+            "r": k * self.rank,
+            "lora_alpha": scale * self.alpha,
             "use_rslora": self.rslora,
             "lora_dropout": self.dropout,
             "lora_bias": self.lora_bias,
-            "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": dict(self.alpha_pattern),
+            "rank_pattern": {key: k * rank for key, rank in self.rank_pattern.items()},
+            "alpha_pattern": {key: scale * alpha for key, alpha in self.alpha_pattern.items()},
             "init_lora_weights": PEFT_INITS.get(self.init_weights, True),
             "use_dora": False,
         }
@@ -289,8 +312,9 @@ class LoRA(Method):
             )
         if B[1] != A[0] or any(n != 1 for n in B[2:]):
             raise ConfigError(f"lora_A {list(A)} and lora_B {list(B)} do not fit each other")
-        if A[0] != self.rank:
-            raise ConfigError(f"the rank is {A[0]} in the tensors and {self.rank} in the config", fix="correct r")
+        rank = self.to_peft()["r"]
+        if A[0] != rank:
+            raise ConfigError(f"the rank is {A[0]} in the tensors and {rank} in the config", fix="correct r")
         if shapes.get("bias", B[:1]) != B[:1]:
             raise ConfigError(f"the bias {list(shapes['bias'])} does not fit lora_B {list(B)}")
         if family == "embedding":

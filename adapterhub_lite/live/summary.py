@@ -1,0 +1,104 @@
+"""What adapters on a model cost, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .training import base_parameters, parts_of
+from .tree import slots, state_of
+
+ADAM = 2  # moments that Adam keeps of each trained parameter
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Parameters and bytes. Bytes are those of the tensors, and of Adam's two moments in the same dtype."""
+
+    base: int
+    """Parameters of the base model; tied ones count once."""
+    base_bytes: int
+    trained: int
+    """Parameters that get gradients: those of active adapters, and what was unfrozen of the base."""
+    trained_bytes: int
+    frozen: int
+    """Adapter parameters that are not trained now."""
+    frozen_bytes: int
+    adapted: int
+    """Weights of the adapted layers: what full fine-tuning of the same layers would train."""
+    layers: int
+    """The number of adapted layers."""
+
+    @property
+    def percent(self) -> float:
+        """Trained parameters, in percent of the base's."""
+        return 100 * self.trained / self.base if self.base else 0.0
+
+    @property
+    def times_fewer(self) -> float:
+        """How many times fewer are trained than in full fine-tuning of the adapted layers."""
+        return self.adapted / self.trained if self.trained else float("inf")
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Adam's state for what is trained."""
+        return ADAM * self.trained_bytes
+
+    def __str__(self) -> str:
+        rows = (
+            ("base", self.base, self.base_bytes),
+            ("trained", self.trained, self.trained_bytes),
+            ("adapters, frozen", self.frozen, self.frozen_bytes),
+        )
+        lines = [f"{name:<17} {number:>15,} parameters {_size(nbytes):>10}" for name, number, nbytes in rows]
+        lines.append(f"{'Adam state':<17} {'':>15} {'':>10} {_size(self.optimizer_bytes):>10}")
+        lines.append(
+            f"{self.percent:.4g} % of the base is trained; in the {self.layers} adapted layers "
+            f"{self.times_fewer:,.0f} times fewer parameters than by full fine-tuning"
+        )
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Count what is on `model`."""
+    base = base_parameters(model)
+    ours = {
+        id(p): p
+        for name in state_of(model).methods
+        for part in parts_of(model, name)
+        for holder in (part, part.common)
+        if holder is not None
+        for p in holder.parameters()
+    }
+    trained = [p for p in (*base, *ours.values()) if p.requires_grad]
+    frozen = [p for p in ours.values() if not p.requires_grad]
+    weights = {id(w): w for module, _ in slots(model) if (w := module._parameters.get("weight")) is not None}
+    return Summary(
+        base=_count(base),
+        base_bytes=_bytes(base),
+        trained=_count(trained),
+        trained_bytes=_bytes(trained),
+        frozen=_count(frozen),
+        frozen_bytes=_bytes(frozen),
+        adapted=_count(weights.values()),
+        layers=len(slots(model)),
+    )
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() for t in tensors)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _size(nbytes: float) -> str:
+    """Powers of ten, as disks and the Hub count."""
+    units = iter(("bytes", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while nbytes >= 1000 and unit != "TB":
+        nbytes, unit = nbytes / 1000, next(units)
+    return f"{nbytes:.4g} {unit}"
