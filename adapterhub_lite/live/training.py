@@ -36,15 +36,13 @@ def param_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
 
 def register(model: nn.Module, optimizer: Any) -> list[RemovableHandle]:
     """Run the step rules of `model`'s active adapters whenever `optimizer` makes a step."""
-    while not isinstance(optimizer, torch.optim.Optimizer):
-        inner = getattr(optimizer, "optimizer", None)  # accelerate's wrapper has no hooks of its own
-        if inner is None:
-            raise ConfigError(f"{type(optimizer).__name__} is no torch optimizer", fix="give the one that makes steps")
-        optimizer = inner
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(
-        id(p) in own for name in state_of(model).methods for part in parts_of(model, name) for p in _trained(part)
-    ):
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner  # a wrapper, accelerate's say, has no hooks of its own
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"{type(optimizer).__name__} is no torch optimizer", fix="give the one that makes steps")
+    parts = [part for name in state_of(model).methods for part in parts_of(model, name)]
+    own = _parameters(optimizer)
+    if not any(id(p) in own for part in parts for p in _trained(part)):
         raise ConfigError("the optimizer has no parameter of an adapter", fix="make it from adapters.param_groups(lr)")
 
     def run(rule: Rule) -> Any:

@@ -107,7 +107,7 @@ def test_rules_are_those_of_what_is_active_and_in_the_optimizer() -> None:
 
 
 def test_an_optimizer_of_something_else_is_refused() -> None:
-    model, adapters = made()
+    _, adapters = made()
     with pytest.raises(ConfigError, match="no parameter of an adapter"):
         adapters.register(torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
     with pytest.raises(ConfigError, match="int is no torch optimizer"):
