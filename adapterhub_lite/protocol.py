@@ -31,7 +31,7 @@ class Params(Mapping[str, "Tensor"]):
     __slots__ = ("_tensors",)
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = dict(tensors)
+        self._tensors = tensors
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -132,8 +132,7 @@ class Method:
 
     def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """The adapted output, for the layer's input x and the base's output y."""
-        y = site.add(self.delta(p, site), x, y)
-        b = self.delta_bias(p, site)  # (out,)
+        y, b = site.add(self.delta(p, site), x, y), self.delta_bias(p, site)  # b: (out,)
         return y if b is None else y + site.along(b).to(y.dtype)
 
     def merge(self, p: Params, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:

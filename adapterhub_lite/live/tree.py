@@ -45,6 +45,8 @@ class Part(nn.Module):
         self.method, self.site, self.trained = method, site, tuple(name for name in tensors if name in trained)
         self.__dict__["common"] = common  # not a submodule here: it is one of the model, once
         _place(self, tensors, site.weight)
+        # The tensor whose dtype is the adapter's.
+        self.lead = next((name for name, t in self.named_parameters() if t.is_floating_point()), None)
 
     def own(self) -> Params:
         """The tensors of this layer alone."""
@@ -60,14 +62,12 @@ class Part(nn.Module):
 
     def adapted(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output with this adapter alone, in the adapter's dtype, whatever that of x and y is."""
-        dtype = y.dtype
-        for tensor in cast("dict[str, Tensor]", self._parameters).values():
-            if tensor.is_floating_point():
-                dtype = tensor.dtype
-                break
-        if x.dtype != dtype and x.is_floating_point():
-            x = x.to(dtype)
-        return self.method.forward(self.params(), x, y if y.dtype == dtype else y.to(dtype), self.site)
+        own: Mapping[str, Tensor] = self._parameters  # type: ignore[assignment]  # none is None; a cast takes time
+        p = Params(own if self.common is None else {**self.common.tensors(), **own})
+        dtype = y.dtype if self.lead is None else own[self.lead].dtype
+        if not x.dtype == dtype == y.dtype:
+            x, y = x.to(dtype) if x.is_floating_point() else x, y.to(dtype)
+        return self.method.forward(p, x, y, self.site)
 
 
 class Common(nn.Module):
@@ -138,34 +138,28 @@ def before_hook(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The hook of layers with adapters that define `before`. Copies and pickles know it by its name, and the next."""
     steps = cast("Slot", module._modules[SLOT]).steps
-    return steps[0].part.before(args, kwargs) if _alone(steps) else None
+    return steps[0].part.before(args, kwargs) if len(steps) == 1 and steps[0].weight == 1.0 else None
 
 
 def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
     """The hook of every adapted layer."""
-    steps = cast("Slot", module._modules[SLOT]).steps
+    steps: tuple[Step, ...] = module._modules[SLOT].steps  # type: ignore[assignment, union-attr]  # a cast takes time
     if not steps:
         return None
-    if _alone(steps):
-        return steps[0].part.adapted(_input(args, kwargs), y).to(y.dtype)
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    part, weight = steps[0]
+    if weight == 1.0 and len(steps) == 1:
+        out = part.adapted(x, y)
+        return out if out.dtype == y.dtype else out.to(y.dtype)
     total = y  # y + Σ wᵢ (yᵢ − y), which promotes y to the adapters' dtype: rounded once, at the end
     for part, weight in steps:
         if part.method.defines("before"):  # it has its own call of the layer
-            args_i, kwargs_i = part.before(args, kwargs)
-            y_i = part.adapted(_input(args_i, kwargs_i), module.forward(*args_i, **kwargs_i))
+            own, named = part.before(args, kwargs)
+            y_i = part.adapted(own[0] if own else next(iter(named.values())), module.forward(*own, **named))
         else:
-            y_i = part.adapted(_input(args, kwargs), y)
+            y_i = part.adapted(x, y)
         total = total + weight * (y_i - y)
     return total.to(y.dtype)
-
-
-def _alone(steps: tuple[Step, ...]) -> bool:
-    return len(steps) == 1 and steps[0].weight == 1.0
-
-
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    x: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return x
 
 
 def trained(tensors: Mapping[str, nn.Parameter | Tensor]) -> list[str]:

@@ -39,8 +39,12 @@ class LinearSite(Site):
         return F.linear(x, delta.dense())
 
     def add(self, delta: Delta, x: Tensor, y: Tensor) -> Tensor:
-        if isinstance(delta, LowRank) and x.dtype == y.dtype == delta.B.dtype:  # one kernel for scaling and adding
-            return torch.add(y, F.linear(F.linear(x, delta.A), delta.B), alpha=delta.scale)
+        if isinstance(delta, LowRank):
+            B, A, scale = delta
+            if x.dtype == y.dtype == B.dtype:  # one kernel for scaling and adding, and for the product with B too
+                if x.ndim == 2:
+                    return torch.addmm(y, F.linear(x, A), B.mT, alpha=scale)
+                return torch.add(y, F.linear(F.linear(x, A), B), alpha=scale)
         return super().add(delta, x, y)
 
 

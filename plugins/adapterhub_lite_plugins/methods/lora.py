@@ -155,7 +155,9 @@ class LoRA(Method):
         return root[:, None] * Vh[:r], U[:, :r] * root
 
     def delta(self, p: Params, site: Site) -> LowRank:
-        A, B = p["A"].flatten(1), p["B"].flatten(1)  # (r, in), (out, r)
+        A, B = p["A"], p["B"]  # (r, in), (out, r)
+        if A.ndim > 2:  # a convolution's
+            A, B = A.flatten(1), B.flatten(1)
         if "A0" in p:  # s (B A − B₀ A₀)
             import torch
 
