@@ -19,10 +19,11 @@ ALL_LINEAR = "all-linear"
 
 def select(model: nn.Module, method: Method, targets: Sequence[str], exclude: Sequence[str]) -> list[Site]:
     """The sites that `targets` name and `exclude` does not. Raises for a word that names nothing."""
-    modules = dict(base_modules(model))
+    modules, kinds = dict(base_modules(model)), site_kinds()
     chosen: set[str] = set()
     for target in targets:
-        hits = _linear(model, modules, method) if target == ALL_LINEAR else [n for n in modules if _names(target, n)]
+        everything = target == ALL_LINEAR
+        hits = _linear(model, modules, method, kinds) if everything else [n for n in modules if _names(target, n)]
         if not hits:
             raise UnknownName(
                 f"target {target!r} names no module",
@@ -36,17 +37,17 @@ def select(model: nn.Module, method: Method, targets: Sequence[str], exclude: Se
     left = [name for name in modules if name in chosen and not _excluded(name, exclude)]
     if not left:
         raise ConfigError("no layer is left to adapt", fix="give more targets, or exclude less")
-    return [site_of(model, name, method) for name in left]
+    return [site_of(model, name, method, kinds) for name in left]
 
 
-def site_of(model: nn.Module, name: str, method: Method) -> Site:
+def site_of(model: nn.Module, name: str, method: Method, kinds: Kinds | None = None) -> Site:
     """The site of the module `name`. Raises `ConfigError`, which tells why, if there is none or none for `method`."""
     module = model.get_submodule(name)
     if not name:
         raise ConfigError("the model is a single layer, which has no name", fix="adapt nn.Sequential(model)")
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         raise _refusal(model, name, "is a container, which would take adapters for one of its own layers")
-    kind = kind_of(module)
+    kind = kind_of(module, kinds)
     if kind is None:
         raise _refusal(model, name, f"no site kind knows what a {type(module).__name__} computes")
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
@@ -64,17 +65,25 @@ def site_of(model: nn.Module, name: str, method: Method) -> Site:
     return kind.of(name, module)
 
 
-def kind_of(module: nn.Module) -> type[Site] | None:
+Kinds = Sequence[type[Site]]
+
+
+def site_kinds() -> Kinds:
+    """All kinds of layer; to be asked for once where many modules are looked at."""
+    return list(registry().site_kinds().values())
+
+
+def kind_of(module: nn.Module, kinds: Kinds | None = None) -> type[Site] | None:
     """The site kind that knows the module's forward."""
-    return next((kind for kind in registry().site_kinds().values() if kind.accepts(module)), None)
+    return next((kind for kind in (site_kinds() if kinds is None else kinds) if kind.accepts(module)), None)
 
 
-def _linear(model: nn.Module, modules: Mapping[str, nn.Module], method: Method) -> list[str]:
+def _linear(model: nn.Module, modules: Mapping[str, nn.Module], method: Method, kinds: Kinds) -> list[str]:
     """All that are linear and called, of a kind that `method` adapts, but the output head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     names = []
     for name, module in modules.items():
-        kind = kind_of(module)
+        kind = kind_of(module, kinds)
         if kind is None or not issubclass(kind, LinearSite) or kind.kind not in method.site_kinds:
             continue
         called = not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
@@ -96,7 +105,8 @@ def _excluded(name: str, exclude: Sequence[str]) -> bool:
 def _words_for(word: str, modules: Mapping[str, nn.Module], method: Method | None = None) -> set[str]:
     """What a misspelt word may have meant: ends of names, with as many dots."""
     if method is not None:
-        modules = {n: m for n, m in modules.items() if (kind := kind_of(m)) and kind.kind in method.site_kinds}
+        kinds = [kind for kind in site_kinds() if kind.kind in method.site_kinds]
+        modules = {n: m for n, m in modules.items() if kind_of(m, kinds)}
     return {".".join(name.split(".")[-1 - word.count(".") :]) for name in modules if name}
 
 

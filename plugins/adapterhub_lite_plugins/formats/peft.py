@@ -144,7 +144,7 @@ class PeftFormat:
         kept = {key: _beside(key, contents.sites) for key in contents.kept}
         layout.update({kept[key]: t for key, t in contents.kept.items()})
         described = {key: (t.dtype, t.shape) for key, t in layout.items()}
-        shapes = {site: list(part.weight_shape) for site, part in contents.sites.items() if _untold(method, site, part)}
+        shapes = {site: shape for site, part in contents.sites.items() if (shape := _untold(method, site, part))}
         facts: dict[str, Any] = {SHAPES: shapes} if shapes else {}
         with TensorWriter(folder / WEIGHTS, described, metadata_room=room + len(json.dumps(facts))) as tensors:
             yield _PeftWriter(tensors, keys, shared, kept, folder / CONFIG, config, facts)
@@ -362,9 +362,12 @@ def _named(facts: Mapping[str, Any], plain: Method, methods: Callable[[str | Non
     return found if found.peft_type == plain.peft_type and found.to_peft() == plain.to_peft() else plain
 
 
-def _untold(method: Method, site: str, part: SiteContents) -> bool:
-    """Whether the saved tensors leave open what shape the layer has."""
-    return -1 in method.at(site).place(_family(method.at(site), part), part.shapes)[1]
+def _untold(method: Method, site: str, part: SiteContents) -> list[int]:
+    """The layer's shape as a reader of the file will take it, if the saved tensors leave it open; else []."""
+    kind, shape, _ = method.at(site).place(_family(method.at(site), part), part.shapes)
+    if -1 not in shape:
+        return []
+    return list(part.weight_shape if kind == part.kind else part.shape)  # GPT-2's linear layers are transposed
 
 
 def _with_shape(name: str, part: SiteContents, facts: Mapping[str, Any]) -> SiteContents:
