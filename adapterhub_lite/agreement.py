@@ -50,6 +50,7 @@ def common(parts: Mapping[str, Contents], *, any_base: bool = False, keep: str |
     return replace(
         first,
         sites={},
+        shared={},
         base=base,
         revision=revision,
         base_class=None,

@@ -22,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is importe
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -198,11 +198,24 @@ def write_adapter(
     non-zero values that depend on `seed` and its name only; `randomise=False` keeps PEFT's
     initial values, where B is zero. `lora_config` goes to LoraConfig and wins over the peer's.
     """
-    folder = Path(folder)
     options = {"r": rank, "lora_alpha": alpha, "target_modules": peer.targets, **peer.config, **lora_config}
+    return write_peft(folder, peer, lambda: LoraConfig(**options), seed=seed, dtype=dtype, randomise=randomise)
+
+
+def write_peft(
+    folder: str | Path,
+    peer: Peer,
+    config: Callable[[], PeftConfig],
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    randomise: bool = True,
+) -> Path:
+    """As `write_adapter`, for any of PEFT's methods."""
+    folder = Path(folder)
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = get_peft_model(peer.build(), LoraConfig(**options), autocast_adapter_dtype=False)
+        model = get_peft_model(peer.build(), config(), autocast_adapter_dtype=False)
         for name, p in model.named_parameters():
             if p.requires_grad:
                 p.data = (_fill(name, p, seed) if randomise else p.detach()).to(dtype)
@@ -318,9 +331,10 @@ def minilm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Any warning is an error, but for the two that PEFT's own defaults bring about."""
+    """Any warning is an error, but for those that PEFT's own defaults and VeRA without projections bring about."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "Setting `save_embedding_layers` to `True`", UserWarning, r"peft\.")
+        warnings.filterwarnings("ignore", "Specified to not (save|load) vera_A", UserWarning)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning, r"transformers\.")
         yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
@@ -12,10 +12,11 @@ from ..adapter import Adapter
 from ..delta import LowRank
 from ..errors import FileError, UnknownName, nearest
 from ..protocol import Params
+from ..registry import registry
 from ..seed import generator
 from ..sharding import whole
 from ..site.linear import LinearSite
-from ..source import Held, make_site
+from ..source import Held
 from .targets import kind_of, site_of
 from .training import parts_of
 from .tree import SLOT, Common, Part, Slot, base_modules, common_of, state_of, trained
@@ -100,19 +101,26 @@ def _sites(model: nn.Module, contents: Contents, ref: object) -> dict[str, Site]
         )
     sites = {}
     for name, part in contents.sites.items():
-        there, here = make_site(name, part), site_of(model, name, contents.method)
+        here, there = site_of(model, name, contents.method), registry().site_kind(part.kind)
         # Files do not tell apart the kinds of linear layers, and their matrix forms are alike.
-        same_kind = there.kind == here.kind or (isinstance(there, LinearSite) and isinstance(here, LinearSite))
-        fits = all(a in (b, -1) for a, b in zip(there.shape, here.shape, strict=True))  # -1: the file does not tell
-        if not same_kind or not fits or (-1 not in there.shape and there.kernel != here.kernel):
+        if there.kind == here.kind:
+            fits = _fits(part.weight_shape, here.weight_shape)
+        else:
+            fits = issubclass(there, LinearSite) and isinstance(here, LinearSite) and _fits(part.shape, here.shape)
+        if not fits:
             raise FileError(
-                f"adapts a {there.kind} of shape {list(there.weight_shape)} at {name!r}, which is a {here.kind} "
+                f"adapts a {there.kind} of shape {list(part.weight_shape)} at {name!r}, which is a {here.kind} "
                 f"of shape {list(here.weight_shape)} in this model",
                 where=ref,
                 fix="load it on the model that it was made for",
             )
         sites[name] = here
     return sites
+
+
+def _fits(told: Sequence[int], there: Sequence[int]) -> bool:
+    """Whether a layer has the shape that a file tells, as far as it does."""
+    return len(told) == len(there) and all(a in (b, -1) for a, b in zip(told, there, strict=True))
 
 
 TensorsOf = Callable[["Method", "Site"], Mapping[str, Tensor]]

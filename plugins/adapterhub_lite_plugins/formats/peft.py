@@ -52,6 +52,8 @@ INERT = frozenset(
 # Embeddings that PEFT saves beside the adapter although nobody trained them (save_embedding_layers), by the names that
 # models have for them.
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
+# Entries with names of modules that must be among the target modules.
+SUBSETS = frozenset(["feedforward_modules"])
 # Where PEFT keeps a trained module and the base's. With save_embedding_layers it writes copies from there too, which it
 # does not read back.
 WRAPPED = (".modules_to_save", ".original_module")
@@ -129,10 +131,11 @@ class PeftFormat:
             "inference_mode": True,
             "fan_in_fan_out": contents.transposed,
             "target_modules": sorted(contents.targets or contents.sites),
-            "bias": "none",
             "modules_to_save": None,
             **contents.kept_options,
         }
+        for entry in SUBSETS & config.keys():  # as target_modules spells them
+            config[entry] = [t for t in config["target_modules"] if any(_within(own, t) for own in config[entry])]
         keys = {
             (site, name): f"{PREFIX}{site}.{method.at(site).peft_keys()[_family(method.at(site), part)][name]}"
             for site, part in contents.sites.items()

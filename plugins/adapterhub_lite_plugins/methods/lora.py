@@ -301,6 +301,7 @@ class LoRA(Method):
             "alpha_pattern": {key: scale * alpha for key, alpha in self.alpha_pattern.items()},
             "init_lora_weights": PEFT_INITS.get(self.init_weights, True),
             "use_dora": False,
+            "bias": "none",  # the base's biases are not trained
         }
 
     def place(self, family: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...], tuple[int, int]]:

@@ -112,7 +112,7 @@ class VeRA(Method):
         return cls(**{ours: config.pop(peft) for ours, peft in PEFT_NAMES.items() if peft in config})
 
     def to_peft(self) -> dict[str, Any]:
-        return {peft: getattr(self, ours) for ours, peft in PEFT_NAMES.items()}
+        return {**{peft: getattr(self, ours) for ours, peft in PEFT_NAMES.items()}, "bias": "none"}
 
     def place(self, family: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...], tuple[int, int]]:
         if shapes["d"] != (self.rank,):
