@@ -237,7 +237,7 @@ def test_initialisations_that_do_not(
 
 def test_dora_is_refused(adapter: Command, written: Written, tmp_path: Path) -> None:
     a = written(BERT, use_dora=True)
-    adapter("merge", a, written(BERT), "-o", tmp_path / "out").refused(str(a), "use_dora", "install a plugin")
+    adapter("merge", a, written(BERT), "-o", tmp_path / "out").refused(str(a), "'dora'", "base weights")
     with_flag_lost = shutil.copytree(a, tmp_path / "lost")
     config = json.loads((a / "adapter_config.json").read_text())
     (with_flag_lost / "adapter_config.json").write_text(json.dumps({**config, "use_dora": False}))

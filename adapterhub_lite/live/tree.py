@@ -89,6 +89,10 @@ def common_of(tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> Common | 
 class Commons(nn.Module):
     """What adapters have on the model itself: a `Common` for each that shares tensors."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        """What comes in: a model that is an `nn.Sequential` calls all of its submodules, and this one last."""
+        return x
+
 
 def _place(holder: nn.Module, tensors: Mapping[str, Tensor], like: Tensor) -> None:
     """Copies of `tensors` as parameters of `holder`, on the device of a weight and in an adapter's dtype for it."""

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 
 from ..protocol import Method, Params
 from .check import CheckFailed, check, one_line, require
@@ -32,7 +33,7 @@ def gradcheck(method: Method) -> str:
                 (cell.x.detach().requires_grad_(cell.x.is_floating_point()), *(cell.p[name] for name in names)),
                 fast_mode=True,
             )
-        except torch.autograd.gradcheck.GradcheckError as error:  # type: ignore[attr-defined]
+        except GradcheckError as error:
             raise CheckFailed(
                 f"wrong gradient on a {cell}: {one_line(error).removeprefix('GradcheckError: ')[:120]}",
                 fix="correct the backward, or leave it to autograd",

@@ -82,7 +82,8 @@ def _same_tensors(cell: Cell, back: Stored, name: str) -> int:
         return 0
     again = back.params(name, cell.site)
     lost = changed(bits(packed), back.saved(name))
-    for own in ({key: cell.own[key] for key in cell.trained}, cell.shared):
+    shared = {key: t for key, t in cell.shared.items() if key in cell.method.peft_shared()}  # others are made again
+    for own in ({key: cell.own[key] for key in cell.trained}, shared):
         lost += changed(bits(own), {key: again[key] for key in own})
     require(
         not lost,

@@ -52,7 +52,7 @@ class IA3(Method):
         from torch import nn
 
         out, into = site.shape
-        n = into // math.prod(site.kernel) if self.feedforward else out
+        n = _groups(site) * into // math.prod(site.kernel) if self.feedforward else out
         return {"l": nn.Parameter(torch.ones(self._shape(n, len(site.kernel))))}
 
     def _shape(self, n: int, dimensions: int) -> tuple[int, ...]:
@@ -76,7 +76,9 @@ class IA3(Method):
     def merge(self, p: Params, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         l = p["l"].flatten().to(weight.dtype)  # noqa: E741  # (out,) or (channels in,)
         if self.feedforward:
-            return weight * l.repeat_interleave(math.prod(site.kernel)), bias  # (out, in)
+            g, k = _groups(site), math.prod(site.kernel)
+            rows = l.reshape(g, -1).repeat_interleave(k, dim=1)  # (groups, in): what the rows of each group see
+            return weight * rows.repeat_interleave(len(weight) // g, dim=0), bias  # (out, in)
         return l[:, None] * weight, None if bias is None else l.to(bias.dtype) * bias
 
     # On disk --------------------------------------------------------------------------------------
@@ -103,13 +105,19 @@ class IA3(Method):
         n = l[0] if len(l) == 2 and not self.feedforward else l[1] if len(l) > 1 else -1
         if len(l) not in (2, 4) or l != self._shape(n, len(l) - 2):
             raise ConfigError(f"ia3_l {list(l)} does not fit a layer whose {self._scaled} is scaled")
-        out, into = (-1, n) if self.feedforward else (n, -1)
-        weight = (out, into) if len(l) == 2 else (out, into, -1, -1)
-        return "linear" if len(l) == 2 else "conv2d", weight, (out, into if len(l) == 2 else -1)
+        if len(l) == 4:  # in groups, a kernel sees a part of the channels
+            out = -1 if self.feedforward else n
+            return "conv2d", (out, -1, -1, -1), (out, -1)
+        shape = (-1, n) if self.feedforward else (n, -1)
+        return "linear", shape, shape
 
     @property
     def _scaled(self) -> str:
         return "input" if self.feedforward else "output"
+
+
+def _groups(site: Site) -> int:
+    return getattr(site.module, "groups", 1)
 
 
 @hookimpl

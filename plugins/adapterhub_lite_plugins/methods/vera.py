@@ -9,7 +9,6 @@ on a key alone, so a file may leave them out; they are drawn as PEFT draws them,
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ PEFT_NAMES = {
     "save_projection": "save_projection",
     "dropout": "vera_dropout",
 }
+_PRODUCT: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,7 @@ class VeRA(Method):
         import torch
         from torch import nn
 
+        _product()  # for torch.compile, which cannot make a class
         out, r = site.shape[0], self.rank
         return {"b": nn.Parameter(torch.zeros(out)), "d": nn.Parameter(torch.full((r,), self.d_initial))}
 
@@ -129,8 +130,15 @@ def _cut(p: Params, site: Site) -> tuple[Tensor, Tensor]:
     return p["A"][:, :into], p["B"][:out]
 
 
-@functools.cache
-def _product() -> type[torch.autograd.Function]:
+def _product() -> Any:
+    """The function below, made once: with torch at the top, `adapter methods` would be slow to list this file."""
+    global _PRODUCT
+    if _PRODUCT is None:  # no functools.cache, which torch.compile looks through
+        _PRODUCT = _make_product()
+    return _PRODUCT
+
+
+def _make_product() -> type[torch.autograd.Function]:
     """A function for b ⊙ B (d ⊙ A x) that keeps A x alone for the backward pass, r numbers a token.
 
     Left to itself, autograd would keep x for A, and B (d ⊙ A x), of the output's size, for b.
