@@ -241,7 +241,10 @@ def cells(
     for handle in handles:
         handle.remove()
     made = {}
-    shared = {key: t.detach().to(dtype) for key, t in method.shared(list(sites.values())).items()}
+    shared = {  # never less precise than they are drawn: a file may have them drawn again
+        key: t.detach().to(torch.promote_types(dtype, t.dtype))
+        for key, t in method.shared(list(sites.values())).items()
+    }
     for name, site in sites.items():
         here = method.at(name)
         start = here.init(site, generator(seed, name))
