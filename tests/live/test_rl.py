@@ -11,9 +11,9 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import Split
 from torch.nn.functional import logsigmoid
 from toy import VOCABULARY, adapted, base_bits, every_method, fill, llama, moved, optimizer, tokens, trained
 from transformers import PreTrainedTokenizerFast
@@ -42,10 +42,11 @@ def seeded() -> Iterator[None]:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """The word "w17" is token 17."""
-    words = WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0")
+    words = WordLevel({f"<{i}>": i for i in range(VOCABULARY)}, unk_token="<0>")
     whole = Tokenizer(words)
-    whole.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=whole, pad_token="w0", bos_token="w1", eos_token="w2")
+    # Texts are put together without a space between them.
+    whole.pre_tokenizer = Split(Regex(r"<\d+>"), "removed", invert=True)
+    return PreTrainedTokenizerFast(tokenizer_object=whole, pad_token="<0>", bos_token="<1>", eos_token="<2>")
 
 
 def ids() -> dict[str, Tensor]:
@@ -57,7 +58,7 @@ def ids() -> dict[str, Tensor]:
 
 
 def preferences() -> Dataset:
-    return Dataset.from_dict({k: [" ".join(f"w{i}" for i in row) for row in t.tolist()] for k, t in ids().items()})
+    return Dataset.from_dict({k: [" ".join(f"<{i}>" for i in row) for row in t.tolist()] for k, t in ids().items()})
 
 
 def log_likelihood(model: Any, answers: str) -> Tensor:
