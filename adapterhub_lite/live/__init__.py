@@ -22,6 +22,7 @@ from .targets import select
 from .training import param_groups, penalty, register
 from .tree import (
     Common,
+    Commons,
     Part,
     Slot,
     State,
@@ -134,6 +135,14 @@ class Adapters:
         if self._known(name).reads_weight:
             self._refuse_merged(f"save {name!r}, whose method reads the weights,")
         return Adapter(((1.0, held(self.model, name)),)).save(out, dtype=dtype, force=force)
+
+    def base_state_dict(self) -> dict[str, Tensor]:
+        """The model's state dict without what adapters put there, for `model.save_pretrained(out, state_dict=…)`.
+
+        While adapters are merged it has the merged weights: the model that `merge` made.
+        """
+        names = {f"{name}." for name, module in self.model.named_modules() if isinstance(module, (Slot, Commons))}
+        return {key: t for key, t in self.model.state_dict().items() if not key.startswith(tuple(names))}
 
     def remove(self, name: str) -> None:
         """Take adapter `name` off. When none is left, the model is as it was: hooks, names and what is trainable."""

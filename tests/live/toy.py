@@ -86,7 +86,7 @@ def bits(model: nn.Module) -> dict[str, bytes]:
 
 
 def base_bits(model: nn.Module) -> dict[str, bytes]:
-    return {key: b for key, b in bits(model).items() if ".adapters." not in key}
+    return {key: b for key, b in bits(model).items() if "adapters" not in key.split(".")}
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
