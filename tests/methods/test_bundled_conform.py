@@ -16,7 +16,7 @@ m = ah.method
     m("lora_fa", rank=3, projection=False, rslora=True),
     m("lora_fa", rank=3, lora_bias=True),
     m("delta_lora", rank=4),
-    m("delta_lora", rank=3, alpha=7, update_ratio=0.5, rslora=True, lora_bias=True),
+    m("delta_lora", rank=3, alpha=7, update_ratio=0.5, rslora=True),
     m("delta_lora", rank=4, alpha_pattern={"first": 3}, init_weights="orthogonal"),
     m("vera", rank=5),
     m("vera", rank=4, d_initial=0.7, save_projection=False, projection_prng_key=3),

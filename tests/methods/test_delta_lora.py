@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +116,48 @@ def test_without_its_rule_it_stays_lora() -> None:
     assert int(part.step) == 0
 
 
+def test_a_step_that_is_skipped_does_not_count() -> None:
+    model, adapters = ours(start=0)
+    optimizer: Any = torch.optim.SGD(adapters.param_groups(lr=0.1), fused=True)
+    adapters.register(optimizer)
+    part: Any = model[0].adapters.a
+    counts = []
+    for found_inf in (0.0, 1.0, 0.0):
+        optimizer.found_inf = torch.tensor(found_inf)  # as a GradScaler tells a fused optimizer
+        model(X).sum().backward()
+        optimizer.step()
+        counts.append(int(part.step))
+    assert counts == [1, 1, 2]
+
+
+def test_training_from_a_file_goes_on_with_the_snapshot_of_the_file(tmp_path: Path) -> None:
+    model, adapters = ours(start=1)
+    optimizer = torch.optim.SGD(adapters.param_groups(lr=0.1))
+    adapters.register(optimizer)
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, n: int) -> Tensor:
+        for _ in range(n):
+            optimizer.zero_grad()
+            (model(X) - Y).square().mean().backward()
+            optimizer.step()
+        y: Tensor = model(X).detach()
+        return y
+
+    steps(model, optimizer, 5)
+    adapters.save("a", tmp_path / "a")
+    again = base()
+    held = ah.adapt(again)
+    held.load(tmp_path / "a", "a")
+    optimizer_again = torch.optim.SGD(held.param_groups(lr=0.1))
+    held.register(optimizer_again)
+    snapshots = [again[i].adapters.a.A_K.clone() for i in (0, 2)]  # type: ignore[union-attr, operator]
+    assert torch.equal(steps(model, optimizer, 4), steps(again, optimizer_again, 4))
+    assert all(
+        torch.equal(again[i].adapters.a.A_K, t)  # type: ignore[union-attr, arg-type]
+        for i, t in zip((0, 2), snapshots, strict=True)
+    )
+
+
 def test_under_adam_from_the_first_step_it_is_lora_with_a_larger_alpha() -> None:
     ends = []
     for name, options in (("delta_lora", {"start": -1, "update_ratio": 2.0}), ("lora", {})):
@@ -151,7 +194,9 @@ def test_patterns_and_rslora_keep_the_scaling() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"dropout": 0.1}, {"update_ratio": -1.0}, {"start": -2}, {"init_weights": "pissa"}], ids=str
+    "options",
+    [{"dropout": 0.1}, {"lora_bias": True}, {"update_ratio": -1.0}, {"start": -2}, {"init_weights": "pissa"}],
+    ids=str,
 )
 def test_what_contradicts_the_algorithm_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):

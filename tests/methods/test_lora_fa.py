@@ -54,6 +54,44 @@ def test_the_step_of_W_is_the_gradient_projected_on_the_rows_of_A(rank: int) -> 
         torch.testing.assert_close(part.method.scaling * step @ part.A, G @ P, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("rank", [4, 40])
+def test_where_the_rows_of_A_are_dependent_float32_projects_too(rank: int) -> None:
+    layer = nn.Sequential(nn.Linear(24, 6))
+    adapters = ah.adapt(layer)
+    adapters.add("a", ah.method("lora_fa", rank=rank, alpha=rank), "0")
+    part: Any = layer[0].adapters.a
+    part.A.data[1] = part.A[0]
+    optimizer = torch.optim.SGD(adapters.param_groups(lr=1.0))
+    adapters.register(optimizer)
+    layer(X.float().repeat(1, 3)[:, :24]).square().sum().backward()
+    g, A = part.B.grad.double().clone(), part.A.double()
+    optimizer.step()
+    want = g @ torch.linalg.pinv(A @ A.mT, rtol=1e-6) @ A  # (out, in)
+    torch.testing.assert_close(part.B.grad.double() @ A, want, rtol=0, atol=1e-4 * float(want.abs().max()))
+
+
+def test_a_step_that_is_skipped_projects_nothing() -> None:
+    model, adapters = made()
+    optimizer: Any = torch.optim.SGD(adapters.param_groups(lr=1.0), fused=True)
+    adapters.register(optimizer)
+    model(X).square().sum().backward()
+    part: Any = model[0].adapters.a
+    want = part.B.grad.clone()
+    optimizer.found_inf = torch.tensor(1.0)  # as a GradScaler tells a fused optimizer
+    optimizer.step()
+    assert torch.equal(part.B.grad, want)
+
+
+def test_a_layer_that_was_not_used_is_passed_over() -> None:
+    model, adapters = made()
+    optimizer = torch.optim.SGD(adapters.param_groups(lr=1.0))
+    adapters.register(optimizer)
+    model[0](X).square().sum().backward()
+    before = model[2].adapters.a.B.detach().clone()  # type: ignore[union-attr, operator]
+    optimizer.step()
+    assert torch.equal(model[2].adapters.a.B, before)  # type: ignore[union-attr, arg-type]
+
+
 def test_without_the_projection_the_gradient_is_left_alone() -> None:
     model, adapters = made(projection=False)
     optimizer = torch.optim.SGD(adapters.param_groups(lr=1.0))

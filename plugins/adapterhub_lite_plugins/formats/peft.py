@@ -90,7 +90,7 @@ class PeftFormat:
         method = _named(facts, entries.method(methods), methods, folder / WEIGHTS)
         entries.refuse_leftovers()
         shared = _shared(checkpoint, method)
-        sites, kept = _sort_tensors(checkpoint, method, kept_options, folder)
+        sites, kept = _sort_tensors(checkpoint, method, shared, kept_options, folder)
         sites = {name: _with_shape(name, part, facts) for name, part in sites.items()}
         if targets is not None:
             wanted = set(targets)
@@ -391,7 +391,14 @@ def _shared(checkpoint: Checkpoint, method: Method) -> dict[str, TensorInfo]:
         if tensor is None:
             lacking = ROOT + method.peft_shared()[name]
             raise FileError(f"{lacking!r} is missing", where=checkpoint.path, fix="restore the file")
+        _check_floating(ROOT + method.peft_shared()[name], tensor, checkpoint.path)
     return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _check_floating(key: str, tensor: TensorInfo, path: Path) -> None:
+    if not tensor.dtype.startswith(("F", "BF")):
+        what = f"{key!r} holds {tensor.dtype}, not floating point numbers"
+        raise FileError(what, where=path, fix="dequantise or restore the file")
 
 
 def _within(module: str, path: str) -> bool:
@@ -426,7 +433,11 @@ def _family(method: Method, part: SiteContents) -> str:
 
 
 def _sort_tensors(
-    checkpoint: Checkpoint, method: Method, kept_options: Mapping[str, Any], folder: Path
+    checkpoint: Checkpoint,
+    method: Method,
+    shared: Mapping[str, TensorInfo],
+    kept_options: Mapping[str, Any],
+    folder: Path,
 ) -> tuple[dict[str, SiteContents], dict[str, TensorInfo]]:
     """Every tensor of the file belongs to one site's adapter or is kept; any other is refused."""
     path = folder / WEIGHTS
@@ -439,9 +450,9 @@ def _sort_tensors(
     found: dict[str, tuple[set[str], dict[str, TensorInfo]]] = {}  # by site: the families it may be of, and by suffix
     kept: dict[str, TensorInfo] = {}
     others: dict[str, TensorInfo] = {}
-    shared = {ROOT + key for key in method.peft_shared().values()}
+    shared_keys = {ROOT + key for key in method.peft_shared().values()}
     for key, tensor in checkpoint.tensors.items():
-        if key in shared:
+        if key in shared_keys:
             continue
         if not key.startswith(PREFIX):
             raise FileError(
@@ -459,9 +470,7 @@ def _sort_tensors(
             possible &= families[match]
             if not possible:
                 raise FileError(f"{key!r} is one adapter too many at {site!r}", where=path, fix="restore the file")
-            if not tensor.dtype.startswith(("F", "BF")):
-                what = f"{key!r} holds {tensor.dtype}, not floating point numbers"
-                raise FileError(what, where=path, fix="dequantise or restore the file")
+            _check_floating(key, tensor, path)
             tensors[match] = tensor
         else:
             others[key] = tensor
@@ -485,7 +494,7 @@ def _sort_tensors(
             lacking = f"{PREFIX}{site}.{here.peft_keys()[family][missing[0]]}"
             raise FileError(f"{lacking!r} is missing", where=path, fix="restore the file")
         try:
-            place = here.place(family, {name: t.shape for name, t in tensors.items()})
+            place = here.place(family, {name: t.shape for name, t in {**shared, **tensors}.items()})
         except NotMergeable as e:
             raise NotMergeable(f"at {site!r} {e.what}", where=path, fix=e.fix) from None
         except ConfigError as e:

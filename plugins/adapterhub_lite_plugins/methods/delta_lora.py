@@ -37,8 +37,9 @@ class DeltaLoRA(LoRA):
 
     Options: `update_ratio` λ and `start` K, the number of the step, counted from 0, behind which the weight moves; -1
     is from the first step on. It needs `adapters.register(optimizer)`. Those of LoRA: `rank`, `alpha`, `rslora`,
-    `init_weights` (without those that look at the weight), `lora_bias`, `rank_pattern`, `alpha_pattern`. `dropout`
-    must be 0. Training that goes on from a saved file is past its start; checkpoints of the training keep the count.
+    `init_weights` (without those that look at the weight), `rank_pattern`, `alpha_pattern`. `dropout` must be 0, and
+    there is no `lora_bias`. Training that goes on from a saved file is past its start; checkpoints of the training
+    keep the count.
     """
 
     name = "delta_lora"
@@ -57,12 +58,21 @@ class DeltaLoRA(LoRA):
                 where=self.name,
                 fix="leave it at 0",
             )
+        if self.lora_bias:
+            raise ConfigError(
+                "lora_bias: Algorithm 1 has none, and in the file it would be scaled by s (1+λ) where s was trained",
+                where=self.name,
+                fix="leave it out",
+            )
         if self.update_ratio < 0:
             raise ConfigError(f"update_ratio={self.update_ratio} is negative", where=self.name, fix="give one >= 0")
         if self.start < -1:
-            raise ConfigError(f"start={self.start} is below -1, the first step", where=self.name)
+            what = f"start={self.start} is below -1, which is from the first step on"
+            raise ConfigError(what, where=self.name, fix="give -1 or more")
         if self.init_weights in ("pissa", "olora"):
-            raise ConfigError(f"init_weights={self.init_weights!r} moves W by itself", where=self.name, fix="kaiming")
+            raise ConfigError(
+                f"init_weights={self.init_weights!r} moves W by itself", where=self.name, fix="take kaiming"
+            )
 
     @property
     def _moved(self) -> float:
@@ -104,14 +114,14 @@ class DeltaLoRA(LoRA):
         import torch
 
         A, B = torch.cat([p["A"], p["A_K"]]), torch.cat([p["B"], -p["C"]], dim=1)  # (2r, in, …), (out, 2r, …)
-        return {"A": A, "B": B, **({"bias": p["bias"]} if "bias" in p else {})}
+        return {"A": A, "B": B}
 
     def unpack(self, saved: Params, site: Site) -> Mapping[str, Tensor]:
         import torch
 
         r, A, B = self.rank, saved["A"], saved["B"]
         past = torch.full((1,), self.start + 2, dtype=torch.int64)
-        return {**saved, "A": A[:r], "B": B[:, :r], "A_K": A[r:], "C": -B[:, r:], "step": past}
+        return {"A": A[:r], "B": B[:, :r], "A_K": A[r:], "C": -B[:, r:], "step": past}
 
     @classmethod
     def from_peft(cls, config: dict[str, Any]) -> Self | None:

@@ -75,6 +75,9 @@ class LoRA(Method):
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout} is not in [0, 1)", where=self.name)
         _ = self._by_rank, self._by_alpha  # patterns that cannot be matched safely are refused at once
+        if self.init_weights == "pissa" and min([self.alpha, *self.alpha_pattern.values()]) <= 0:
+            what = "pissa takes the root of S/s, so alpha must be positive"
+            raise ConfigError(what, where=self.name, fix="give an alpha > 0")
         if self.init_weights == "orthogonal" and self.rank % 2:
             raise ConfigError(f"orthogonal init needs an even rank, not {self.rank}", where=self.name)
 

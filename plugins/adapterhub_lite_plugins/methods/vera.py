@@ -30,6 +30,8 @@ PEFT_NAMES = {
     "save_projection": "save_projection",
     "dropout": "vera_dropout",
 }
+KEYS = range(-(1 << 63), 1 << 64)  # what torch seeds a generator with
+MAX_INITIAL = 3e38  # of float32
 _PRODUCT: Any = None
 
 
@@ -57,6 +59,16 @@ class VeRA(Method):
             raise ConfigError(f"rank={self.rank} is not positive", where=self.name, fix="give a rank >= 1")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout} is not in [0, 1)", where=self.name)
+        if self.projection_prng_key not in KEYS:
+            what = f"projection_prng_key={self.projection_prng_key} is no seed of a generator"
+            raise ConfigError(what, where=self.name, fix="give one of 64 bits")
+        if abs(self.d_initial) > MAX_INITIAL:
+            what = f"d_initial={self.d_initial:g} is larger than any float32"
+            raise ConfigError(what, where=self.name, fix="choose a smaller one")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _product()  # as in `init`: an unpickled model may be compiled before anything else makes it
 
     # The rules ------------------------------------------------------------------------------------
 
@@ -110,7 +122,13 @@ class VeRA(Method):
     @classmethod
     def from_peft(cls, config: dict[str, Any]) -> Self | None:
         config.pop("init_weights", None)  # how the vectors began
-        return cls(**{ours: config.pop(peft) for ours, peft in PEFT_NAMES.items() if peft in config})
+        try:
+            return cls(**{ours: config.pop(peft) for ours, peft in PEFT_NAMES.items() if peft in config})
+        except ConfigError as e:
+            ours, is_, rest = e.what.partition("=")
+            if is_ and ours in PEFT_NAMES:
+                raise ConfigError(f"{PEFT_NAMES[ours]}={rest}", fix=f"correct {PEFT_NAMES[ours]}") from None
+            raise
 
     def to_peft(self) -> dict[str, Any]:
         return {**{peft: getattr(self, ours) for ours, peft in PEFT_NAMES.items()}, "bias": "none"}
@@ -121,13 +139,26 @@ class VeRA(Method):
         if len(shapes["b"]) != 1:
             raise ConfigError(f"vera_lambda_b {list(shapes['b'])} is not a vector")
         (out,) = shapes["b"]
+        A, B = shapes.get("A"), shapes.get("B")  # those of a file that has them; layers take a part of each
+        # One row would broadcast, and what came out would not say so.
+        if A is not None and (len(A) != 2 or A[0] != self.rank):
+            raise ConfigError(f"vera_A is {list(A)}, and not of {self.rank} rows")
+        if B is not None and (len(B) != 2 or B[1] != self.rank or B[0] < out):
+            raise ConfigError(f"vera_B is {list(B)}, and not of {out} rows or more of {self.rank}")
         return "linear", (out, -1), (out, -1)
 
 
 def _cut(p: Params, site: Site) -> tuple[Tensor, Tensor]:
     """What one layer takes of the shared matrices: A (r, in) and B (out, r)."""
     out, into = site.shape
-    return p["A"][:, :into], p["B"][:out]
+    A, B, device = p["A"], p["B"], p["b"].device
+    if A.shape[1] < into:
+        raise ConfigError(
+            f"the shared matrix A is for layers of {A.shape[1]} inputs at most, and this one has {into}",
+            where=site.name,
+            fix="load the adapter on the model that it was made for",
+        )
+    return A[:, :into].to(device), B[:out].to(device)  # a model may be spread over several devices
 
 
 def _product() -> Any:
@@ -158,10 +189,9 @@ def _make_product() -> type[torch.autograd.Function]:
         def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
             h, A, d, B, b = ctx.saved_tensors
             h = h.to(d.dtype)  # under autocast it is not
-            over = tuple(range(g.ndim - 1))
             g_z = (b * g) @ B  # (…, r), of z = d ⊙ h
-            g_d = (g_z * h).sum(over) if ctx.needs_input_grad[2] else None  # (r,)
-            g_b = (g * linear(d * h, B)).sum(over) if ctx.needs_input_grad[4] else None  # (out,)
+            g_d = (g_z * h).sum_to_size(d.shape) if ctx.needs_input_grad[2] else None  # (r,)
+            g_b = (g * linear(d * h, B)).sum_to_size(b.shape) if ctx.needs_input_grad[4] else None  # (out,)
             g_x = (d * g_z) @ A if ctx.needs_input_grad[0] else None  # (…, in)
             return g_x, None, g_d, None, g_b
 
