@@ -102,14 +102,17 @@ class Single(ABC):
         return make_site(name, self.own.sites[name])
 
     def _known(self, name: str) -> Site:
-        site = self.site(name)
-        if -1 in site.weight_shape:
+        self._check_known(name)
+        return self.site(name)
+
+    def _check_known(self, name: str) -> None:
+        """By the header: a plan makes no site, whose kind would import torch."""
+        if -1 in self.own.sites[name].weight_shape:
             raise NotMergeable(
                 f"the file does not tell the shape of the layer, which {self.own.method.name!r} needs",
                 where=name,
                 fix="load it on the model, with adapters.load(), and save it again: then it does",
             )
-        return site
 
     def extent(self, site: str) -> Extent:
         if self.own.method.reads_weight:
@@ -117,7 +120,7 @@ class Single(ABC):
                 f"{self.name}: what a {self.own.method.name!r} adapter adds depends on the base weights",
                 fix="merge it into the model instead, with adapters.load() and adapters.merge()",
             )
-        self._known(site)
+        self._check_known(site)
         outline = self.own.method.at(site).outline(self.own.sites[site].shapes)
         shape = self.own.sites[site].shape
         rank = min(shape) if outline.rank is None else min(outline.rank, *shape)
