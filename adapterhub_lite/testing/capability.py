@@ -15,6 +15,28 @@ def has_merge(method: Method) -> str | None:
     return "defines neither delta() nor merge()"
 
 
+def has_shared(method: Method) -> str | None:
+    return None if method.defines("shared") else "defines no shared()"
+
+
+def has_before(method: Method) -> str | None:
+    return None if method.defines("before") else "defines no before()"
+
+
+def has_step_rule(method: Method) -> str | None:
+    if method.defines("before_step") or method.defines("after_step"):
+        return None
+    return "defines neither before_step() nor after_step()"
+
+
+def has_penalty(method: Method) -> str | None:
+    return None if method.defines("penalty") else "defines no penalty()"
+
+
+def has_layout(method: Method) -> str | None:
+    return None if method.peft_type is not None else "declares no peft_type: its delta is what is saved"
+
+
 def starts_as_identity(method: Method) -> str | None:
     return None if method.identity_at_init else "declares that identity_at_init is False"
 

@@ -14,12 +14,48 @@ from ..adapter import Adapter
 from ..protocol import Method, Params
 from ..site import Site
 from ..source import Stored, make_site, stored
-from .capability import can_be_stored, has_delta
+from .capability import can_be_stored, has_delta, has_layout
 from .check import check, require, within
-from .zoo import Cell, bits, cells, changed, examples, has_example, sibling
+from .zoo import Cell, bits, cells, changed, each_cell, examples, has_example, sibling
 
 TINY = 1e-30  # a norm to divide by where ΔW is zero
 ROUNDING = 1e-12  # of float64
+
+
+@check(has_example, has_layout)
+def pack_and_unpack_are_inverse(method: Method) -> str:
+    """`pack` gives what `peft_keys` names, only rearranged; `unpack` gives the tensors back, bit by bit."""
+    count = 0
+    for cell in each_cell(method, dtype=torch.float32):
+        own, families = bits(cell.own), cell.method.peft_keys()
+        with torch.no_grad():
+            packed = bits(cell.method.pack(cell.own))
+            unpacked = bits(cell.method.unpack(Params(packed), cell.site))
+            again = bits(cell.method.pack(Params(unpacked)))
+        names = families[cell.site.kind if cell.site.kind in families else ""].keys()
+        require(
+            packed.keys() == names,
+            f"pack gives {', '.join(packed)} of a {cell}, and peft_keys has {', '.join(names)}",
+            fix="make them agree, or declare no peft_type: then the delta is what is saved",
+        )
+        require(not changed(own, bits(cell.own)), f"pack changed tensors of a {cell}", fix="compute out of place")
+        numbers = torch.cat([t.double().abs().flatten() for t in own.values()])
+        made = [name for name, t in packed.items() if not bool(torch.isin(t.double().abs(), numbers).all())]
+        require(
+            not made,
+            f"pack computes {', '.join(made)} of a {cell}: a rounded file would not give it back",
+            fix="rearrange the tensors, and no more than negate them; factors belong to the options",
+        )
+        lost = changed(*({k: t for k, t in found.items() if k in cell.trained} for found in (own, unpacked)))
+        lost += sorted(own.keys() ^ unpacked.keys())
+        require(not lost, f"unpack gives other {', '.join(lost)} of a {cell}", fix="let it undo what pack does")
+        lost = changed(packed, again)
+        require(not lost, f"{', '.join(lost)} of a {cell} is another if packed again", fix="let unpack undo pack")
+        with torch.no_grad():
+            same = torch.equal(cell.forward(Params({**cell.shared, **unpacked})), cell.forward())
+        require(same, f"a {cell} computes something else with unpacked tensors", fix="let unpack undo what pack does")
+        count += len(packed)
+    return f"{count} tensors"
 
 
 @check(has_example, can_be_stored)
@@ -113,4 +149,4 @@ def _dense(method: Method, params: Params, site: Site) -> Tensor:
     return torch.cat([W, (W.new_zeros(len(W)) if bias is None else bias)[:, None]], dim=1)
 
 
-CHECKS = (save_and_load, files_are_reproducible)
+CHECKS = (pack_and_unpack_are_inverse, save_and_load, files_are_reproducible)

@@ -11,14 +11,15 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from adapterhub_lite_plugins.methods.lora import LoRA
+from adapterhub_lite_plugins.methods.vera import VeRA
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from adapterhub_lite import LowRank, Method, Outline, Params, Site
 
-OPTIONS = ", ".join(LoRA.__dataclass_fields__)
 BUGS: dict[type[Method], tuple[str, ...]] = {}
+Args, Kwargs = tuple[Any, ...], dict[str, Any]
 C = TypeVar("C", bound=type[Method])
 
 
@@ -50,18 +51,73 @@ class Scaling(Method):
         return factor[:, None] * weight, None if bias is None else factor * bias
 
 
+class Gating(Method):
+    """A trained factor for each input channel (https://arxiv.org/abs/2205.05638); it is sound, and changes inputs."""
+
+    name = "gating"
+    paper = "https://arxiv.org/abs/2205.05638"
+    site_kinds = frozenset({"linear"})
+    reads_weight = True
+
+    def init(self, site: Site, rng: torch.Generator) -> Mapping[str, nn.Parameter | Tensor]:
+        return {"l": nn.Parameter(torch.ones(site.shape[1]))}
+
+    def before(self, p: Params, args: Args, kwargs: Kwargs, site: Site) -> tuple[Args, Kwargs]:
+        if args:
+            return ((args[0] * p["l"]).to(args[0].dtype), *args[1:]), kwargs
+        return args, {name: (x * p["l"]).to(x.dtype) for name, x in kwargs.items()}
+
+    def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return y
+
+    def merge(self, p: Params, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
+        return weight * p["l"].to(weight.dtype), bias
+
+
+class Projected(VeRA):
+    """VeRA on one kind of layer: it is sound, and its layers share two matrices."""
+
+    site_kinds = frozenset({"linear"})
+
+
+class Stepping(Sound):
+    """LoRA that halves B's gradient before each step and counts them: sound, with step rules and a penalty."""
+
+    peft_type = None
+
+    def init(self, site: Site, rng: torch.Generator) -> Mapping[str, nn.Parameter | Tensor]:
+        return {**super().init(site, rng), "count": torch.zeros(1, dtype=torch.int64)}
+
+    def before_step(self, p: Params, site: Site, optimizer: torch.optim.Optimizer) -> None:
+        if p["B"].grad is not None:
+            p["B"].grad.mul_(0.5)
+
+    def after_step(self, p: Params, site: Site, optimizer: torch.optim.Optimizer) -> None:
+        p["count"].add_(1)
+
+    def penalty(self, p: Params, site: Site) -> Tensor | None:
+        return p["A"].square().sum()
+
+
+def documented(cls: C) -> C:
+    """Mention the options in the docstring."""
+    if options := ", ".join(cls.__dataclass_fields__):
+        cls.__doc__ = f"{cls.__doc__} Options: {options}."
+    return cls
+
+
 def trips(*checks: str) -> Any:
     """Say which checks the bug must trip, and give it a docstring that mentions the options."""
 
     def note(cls: C) -> C:
-        cls.__doc__ = f"{cls.__doc__} Options: {OPTIONS}."
         BUGS[cls] = checks
-        return cls
+        return documented(cls)
 
     return note
 
 
-Sound.__doc__ = f"{Sound.__doc__} Options: {OPTIONS}."
+for sound in (Sound, Projected, Stepping):
+    documented(sound)
 
 
 # What it says of itself --------------------------------------------------------------------------
@@ -180,6 +236,51 @@ class ScratchLayer(Sound):
         return super().init(site, rng)
 
 
+# What layers share -----------------------------------------------------------------------------------
+
+
+@trips("shared_depends_on_shapes", "global_rng_untouched")
+class SharedFromGlobal(Projected):
+    """Draws the shared matrices from the global random state."""
+
+    def shared(self, sites: Sequence[Site]) -> Mapping[str, Tensor]:
+        return {name: torch.rand(t.shape) for name, t in super().shared(sites).items()}
+
+
+@trips("shared_depends_on_shapes")
+class SharedFromCache(Projected):
+    """Makes the shared matrices once for each rank, whatever model comes next."""
+
+    made: ClassVar[dict[int, Mapping[str, Tensor]]] = {}
+
+    def shared(self, sites: Sequence[Site]) -> Mapping[str, Tensor]:
+        return self.made.setdefault(self.rank, super().shared(sites))
+
+
+@trips("shared_depends_on_shapes")
+class SharedFromWeights(Projected):
+    """Takes the size of the shared matrices from a layer's weight, which a file does not have."""
+
+    def shared(self, sites: Sequence[Site]) -> Mapping[str, Tensor]:
+        return {name: t * sites[0].weight.std().float() for name, t in super().shared(sites).items()}
+
+
+@trips("shared_is_kept_once")
+class SharedAside(Projected):
+    """Keeps the shared matrices in the class, and looks them up there."""
+
+    kept: ClassVar[dict[int, Mapping[str, Tensor]]] = {}
+
+    def shared(self, sites: Sequence[Site]) -> Mapping[str, Tensor]:
+        made = super().shared(sites)
+        self.kept.setdefault(self.rank, {name: t.clone() for name, t in made.items()})
+        return made
+
+    def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        kept = {name: t.to(p["b"].dtype) for name, t in self.kept[self.rank].items()}
+        return super().forward(Params({**p, **kept}), x, y, site)
+
+
 # forward and merge -----------------------------------------------------------------------------------
 
 
@@ -235,6 +336,54 @@ class CachesOnModule(Sound):
         return super().forward(p, x, y, site)
 
 
+# Inputs -------------------------------------------------------------------------------------------------
+
+
+@trips(
+    "before_is_pure",
+    "before_finds_the_input",
+    "base_untouched",
+    "merge_equals_forward",
+    "gradcheck",
+    "off_is_exact",
+    "only_adapter_gets_gradients",
+    "two_adapters_add_up",
+    "unmerge_is_exact",
+    "casts_and_copies",
+    "half_precision_base",
+)
+class GatesInPlace(Gating):
+    """Multiplies the input that it is given, which others see too."""
+
+    def before(self, p: Params, args: Args, kwargs: Kwargs, site: Site) -> tuple[Args, Kwargs]:
+        for x in (*args, *kwargs.values()):
+            x *= p["l"]
+        return args, kwargs
+
+
+@trips("before_finds_the_input")
+class GatesByPosition(Gating):
+    """Does nothing to an input that is passed by name."""
+
+    def before(self, p: Params, args: Args, kwargs: Kwargs, site: Site) -> tuple[Args, Kwargs]:
+        return super().before(p, args, kwargs, site) if args else (args, kwargs)
+
+
+@trips("two_adapters_add_up")
+class GatesFromCache(Gating):
+    """Keeps the scaled input for the next who asks, and that is the other adapter of the layer."""
+
+    scaled: ClassVar[WeakTensorKeyDictionary] = WeakTensorKeyDictionary()
+
+    def before(self, p: Params, args: Args, kwargs: Kwargs, site: Site) -> tuple[Args, Kwargs]:
+        if torch.is_grad_enabled():
+            return super().before(p, args, kwargs, site)
+        (x,) = (*args, *kwargs.values())
+        if x not in self.scaled:
+            self.scaled[x] = (x * p["l"]).to(x.dtype)
+        return ((self.scaled[x],), {}) if args else ((), dict.fromkeys(kwargs, self.scaled[x]))
+
+
 # Gradients --------------------------------------------------------------------------------------------
 
 
@@ -254,6 +403,16 @@ class HalfGradient(Sound):
 
     def delta(self, p: Params, site: Site) -> LowRank:
         return super().delta(Params({**p, "A": _HalfGradient.apply(p["A"])}), site)  # type: ignore[no-untyped-call]
+
+
+@trips("gradcheck")
+class HalfInputGradient(Sound):
+    """Holds a part constant, as it declares, and the gradient of the input is wrong."""
+
+    exact_gradients = False
+
+    def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return super().forward(p, _HalfGradient.apply(x), y, site)  # type: ignore[no-untyped-call]
 
 
 @trips("groups_partition_parameters")
@@ -291,6 +450,81 @@ class TrainsFrozen(Sound):
     def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
         p["A"].requires_grad_()
         return super().forward(p, x, y, site)
+
+
+# Step rules and penalties ----------------------------------------------------------------------------------
+
+
+@trips("step_rules_change_own_tensors")
+class MovesTheBase(Stepping):
+    """Moves the weight itself after each step, as Delta-LoRA's own code does."""
+
+    def after_step(self, p: Params, site: Site, optimizer: torch.optim.Optimizer) -> None:
+        assert site.module is not None
+        site.module.get_parameter("weight").add_(self.delta(p, site).dense(), alpha=0.1)
+
+
+@trips("step_rules_change_own_tensors")
+class ReplacesTensors(Stepping):
+    """Puts a new tensor where it should write into the old one."""
+
+    def after_step(self, p: Params, site: Site, optimizer: torch.optim.Optimizer) -> None:
+        p["count"].data = p["count"] + 1
+
+
+@trips("step_rules_change_own_tensors")
+class StepsEverywhere(Stepping):
+    """Turns to all adapters of the layer, those too that are not trained."""
+
+    def after_step(self, p: Params, site: Site, optimizer: torch.optim.Optimizer) -> None:
+        assert site.module is not None
+        for name, t in site.module.named_parameters():
+            if name.endswith(".B"):
+                t.clamp_(-0.1, 0.1)
+
+
+@trips("step_rules_change_own_tensors")
+class TakesGradientsForGranted(Stepping):
+    """Fails at a layer that took no part in the loss."""
+
+    def before_step(self, p: Params, site: Site, optimizer: torch.optim.Optimizer) -> None:
+        assert p["B"].grad is not None
+        p["B"].grad.mul_(0.5)
+
+
+@trips("training_resumes")
+class CountsAside(Stepping):
+    """Counts the steps on the class, where no checkpoint finds them."""
+
+    count: ClassVar[Any] = itertools.count(1)
+
+    def after_step(self, p: Params, site: Site, optimizer: torch.optim.Optimizer) -> None:
+        p["B"].mul_(1 - 0.1 / next(self.count))
+
+
+@trips("penalty_is_differentiable")
+class PenaltyInNumbers(Stepping):
+    """Its penalty is a number without a gradient."""
+
+    def penalty(self, p: Params, site: Site) -> Tensor | None:
+        return torch.tensor(p["A"].square().sum().item())
+
+
+@trips("penalty_is_differentiable")
+class PenaltyByRow(Stepping):
+    """Forgets to sum."""
+
+    def penalty(self, p: Params, site: Site) -> Tensor | None:
+        return p["A"].square().sum(1)
+
+
+@trips("penalty_is_differentiable")
+class HalfPenalty(Stepping):
+    """Its penalty's gradient is off by a factor."""
+
+    def penalty(self, p: Params, site: Site) -> Tensor | None:
+        A: Tensor = _HalfGradient.apply(p["A"])  # type: ignore[no-untyped-call]
+        return A.square().sum()
 
 
 # The delta ----------------------------------------------------------------------------------------------
@@ -344,6 +578,33 @@ class ScalesBothFactors(Sound):
 
 
 # Files ----------------------------------------------------------------------------------------------------
+
+
+@trips("pack_and_unpack_are_inverse", "save_and_load")
+class PacksScaled(Sound):
+    """Multiplies B by α/r for the file and divides it by that again, and both are rounded."""
+
+    def pack(self, p: Params) -> Mapping[str, Tensor]:
+        return {**p, "B": 1.1 * p["B"]}
+
+    def unpack(self, saved: Params, site: Site) -> Mapping[str, Tensor]:
+        return {**saved, "B": saved["B"] / 1.1}
+
+
+@trips("pack_and_unpack_are_inverse")
+class PacksMore(Sound):
+    """Has a tensor without a key, so that its own tensors cannot be saved."""
+
+    def init(self, site: Site, rng: torch.Generator) -> Mapping[str, nn.Parameter | Tensor]:
+        return {**super().init(site, rng), "count": torch.zeros(1, dtype=torch.int64)}
+
+
+@trips("pack_and_unpack_are_inverse")
+class UnpacksOtherRows(Sound):
+    """Packs the rows of A as they are, and reads them from the last to the first."""
+
+    def unpack(self, saved: Params, site: Site) -> Mapping[str, Tensor]:
+        return {**saved, "A": saved["A"].flip(0)}
 
 
 @trips("save_and_load")
