@@ -10,8 +10,8 @@ matched here, all at once, in time linear in the name, and others are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeVar
 
 from .errors import ConfigError
 
@@ -21,6 +21,8 @@ MAX_UNITS = 1 << 15  # single characters that all keys together may match, when 
 MAX_DEPTH = 32  # of groups in groups
 SPECIAL = frozenset("|()[]{}*+?^$")
 PLAIN = re.compile(r"[A-Za-z0-9_.]+")
+
+T = TypeVar("T")
 
 
 class Step(NamedTuple):
@@ -204,6 +206,26 @@ def spell(names: Iterable[str]) -> dict[str, str]:
         )
 
     return {name: name if PLAIN.fullmatch(name) and only(name) else literal(name) for name in names}
+
+
+def brief(values: Mapping[str, T | None]) -> dict[str, T]:
+    """Patterns that give each module name its value, and none to those whose value is None; at most one matches each.
+
+    The last part of the names is the pattern where all that end in it have one value.
+
+    >>> brief({"layers.0.q": 4, "layers.1.q": 4, "layers.0.v": 8, "layers.1.v": None})
+    {'q': 4, 'layers.0.v': 8}
+    """
+    alike: dict[str, list[T | None]] = {}
+    for name, value in values.items():
+        alike.setdefault(name.rpartition(".")[2], []).append(value)
+    keys, found = spell(values), {}
+    for name, value in values.items():
+        end = name.rpartition(".")[2]
+        if value is not None:
+            short = PLAIN.fullmatch(end) and all(other == value for other in alike[end])
+            found[end if short else keys[name]] = value
+    return found
 
 
 def _is_tail(pattern: str, name: str) -> bool:

@@ -9,12 +9,13 @@ that make tensors, and then `adapter methods` and `adapter info` stay fast.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import options
 from .delta import Outline
-from .errors import ConfigError, NotMergeable
+from .errors import ConfigError, NotMergeable, nearest
+from .pattern import brief
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,25 @@ class Method:
     def at(self, site: str) -> Self:
         """The options as they hold at the site of that name, with patterns resolved. The rules see these."""
         return self
+
+    def having(self, sites: Mapping[str, Mapping[str, Any]]) -> Self:
+        """The method with options of their own at some of these sites, by the sites' names.
+
+        An option may differ from layer to layer if there is another beside it whose name ends in `_pattern`.
+        """
+        names = [f.name for f in fields(self)]
+        own = [name for name in names if f"{name}_pattern" in names]
+        for site, values in sites.items():
+            for name in values:
+                if name not in own:
+                    what = f"method {self.name!r} has no option {name!r} that may differ from layer to layer"
+                    raise ConfigError(what, where=site, fix=nearest(name, own) if own else "give it to the method")
+        patterns = {}
+        for name in own:
+            here = brief({site: values.get(name) for site, values in sites.items()})
+            former: Mapping[str, Any] = getattr(self, f"{name}_pattern")
+            patterns[f"{name}_pattern"] = {**here, **{key: v for key, v in former.items() if key not in here}}
+        return replace(self, **patterns)
 
     @classmethod
     def defines(cls, rule: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,7 @@ class Adapters:
         self,
         name: str,
         method: Method,
-        targets: str | Sequence[str],
+        targets: str | Sequence[str] | Mapping[str, Mapping[str, Any]],
         *,
         exclude: str | Sequence[str] = (),
         seed: int = 0,
@@ -95,15 +95,19 @@ class Adapters:
         """A new adapter `name` at the target layers. The first one on a model is active at once.
 
         A target is a module's name, the end of one ("q_proj", "mlp.up_proj"), a glob for either ("layers.1*.q_proj"),
-        or "all-linear": all linear layers that `method` adapts, but for the output head. `exclude` takes names and
-        globs; what is inside of a module that it names is left out too. The tensors depend on `seed` and on each
-        layer's name, and on nothing else.
+        or "all-linear": all linear layers that `method` adapts, but for the output head. A mapping gives targets
+        options of their own, `{"all-linear": {}, "down_proj": {"rank": 4}}`; of two that name a layer the later one
+        holds. `exclude` takes names and globs; what is inside of a module that it names is left out too. The tensors
+        depend on `seed` and on each layer's name, and on nothing else.
         """
         self._refuse_merged("add an adapter")
         self._check_new(name)
         if not isinstance(method, Method):
             raise ConfigError(f"{method!r} is not a method with its options", fix="give one, say ah.LoRA(rank=8)")
-        sites = select(self.model, method, _words(targets), _words(exclude))
+        found = select(self.model, method, _words(targets), _words(exclude))
+        if isinstance(targets, Mapping):
+            method = method.having({site.name: _options(targets, named) for site, named in found.items()})
+        sites = list(found)
         common = common_of(method.shared(sites), sites)
         parts = []
         for site in sites:
@@ -283,5 +287,14 @@ class Adapters:
             raise ConfigError(f"cannot {what} while adapters are merged into the weights", fix="unmerge first")
 
 
-def _words(words: str | Sequence[str]) -> Sequence[str]:
-    return (words,) if isinstance(words, str) else words
+def _words(words: str | Iterable[str]) -> Sequence[str]:
+    return (words,) if isinstance(words, str) else tuple(words)
+
+
+def _options(targets: Mapping[str, Mapping[str, Any]], named: Sequence[str]) -> dict[str, Any]:
+    """The options that these targets give a layer."""
+    for target in named:
+        if not isinstance(targets[target], Mapping):
+            what = f"the options of target {target!r} are {targets[target]!r}"
+            raise ConfigError(what, fix=f'give a mapping, say {{"{target}": {{"rank": 4}}}}')
+    return {name: value for target in named for name, value in targets[target].items()}

@@ -17,10 +17,15 @@ from .tree import SLOT, Slot, base_modules
 ALL_LINEAR = "all-linear"
 
 
-def select(model: nn.Module, method: Method, targets: Sequence[str], exclude: Sequence[str]) -> list[Site]:
-    """The sites that `targets` name and `exclude` does not. Raises for a word that names nothing."""
+def select(
+    model: nn.Module, method: Method, targets: Sequence[str], exclude: Sequence[str]
+) -> dict[Site, list[str]]:
+    """The sites that `targets` name and `exclude` does not, each with those of the targets that name it.
+
+    Raises for a word that names nothing.
+    """
     modules, kinds = dict(base_modules(model)), site_kinds()
-    chosen: set[str] = set()
+    chosen: dict[str, list[str]] = {}
     for target in targets:
         everything = target == ALL_LINEAR
         hits = _linear(model, modules, method, kinds) if everything else [n for n in modules if _names(target, n)]
@@ -30,14 +35,15 @@ def select(model: nn.Module, method: Method, targets: Sequence[str], exclude: Se
                 fix=f"{nearest(target, _words_for(target, modules, method))} "
                 f"({method.name} adapts: {', '.join(sorted(method.site_kinds))})",
             )
-        chosen.update(hits)
+        for name in hits:
+            chosen.setdefault(name, []).append(target)
     for word in exclude:
         if not any(_names(word, name) for name in modules):
             raise UnknownName(f"exclude={word!r} names no module", fix=nearest(word, _words_for(word, modules)))
     left = [name for name in modules if name in chosen and not _excluded(name, exclude)]
     if not left:
         raise ConfigError("no layer is left to adapt", fix="give more targets, or exclude less")
-    return [site_of(model, name, method, kinds) for name in left]
+    return {site_of(model, name, method, kinds): chosen[name] for name in left}
 
 
 def site_of(model: nn.Module, name: str, method: Method, kinds: Kinds | None = None) -> Site:
