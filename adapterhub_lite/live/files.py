@@ -17,7 +17,7 @@ from ..seed import generator
 from ..sharding import whole
 from ..site.linear import LinearSite
 from ..source import Held
-from .targets import kind_of, site_of
+from .targets import kind_of, kinds_for, site_of
 from .training import parts_of
 from .tree import SLOT, Common, Part, Slot, base_modules, common_of, state_of, trained
 
@@ -72,15 +72,15 @@ def held(model: nn.Module, name: str) -> Held:
 
 
 def _original(site: Site) -> Tensor:
-    """The weight (out, in) that the adapters were made for, also while some are merged into it."""
+    """The values that the adapters were made for, a matrix, also while some are merged into it."""
     slot = cast("Slot", cast("nn.Module", site.module)._modules[SLOT])
     weight = slot.originals.get("weight")
-    return site.weight if weight is None else site.unfold(weight)
+    return site.sample if weight is None else site.unfold(weight)
 
 
 def _check_base(contents: Contents, sites: Mapping[str, Site], ref: object) -> None:
     told = sketch.told(contents.facts)
-    other = sketch.differing(told, sketch.of({name: sites[name].weight for name in told if name in sites}))
+    other = sketch.differing(told, sketch.of({name: sites[name].sample for name in told if name in sites}))
     if other is not None:
         raise FileError(
             f"was trained on other weights at {other!r} than this model has: on another base model",
@@ -97,7 +97,9 @@ def _sites(model: nn.Module, contents: Contents, ref: object) -> dict[str, Site]
         raise UnknownName(
             f"adapts a module {missing[0]!r}{more}, which the model does not have",
             where=ref,
-            fix=nearest(missing[0], [name for name, module in modules.items() if kind_of(module)]),
+            fix=nearest(
+                missing[0], [n for n, module in modules.items() if kind_of(module, kinds_for(contents.method))]
+            ),
         )
     sites = {}
     for name, part in contents.sites.items():

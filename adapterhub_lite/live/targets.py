@@ -17,9 +17,7 @@ from .tree import SLOT, Slot, base_modules
 ALL_LINEAR = "all-linear"
 
 
-def select(
-    model: nn.Module, method: Method, targets: Sequence[str], exclude: Sequence[str]
-) -> dict[Site, list[str]]:
+def select(model: nn.Module, method: Method, targets: Sequence[str], exclude: Sequence[str]) -> dict[Site, list[str]]:
     """The sites that `targets` name and `exclude` does not, each with those of the targets that name it.
 
     Raises for a word that names nothing.
@@ -53,19 +51,15 @@ def site_of(model: nn.Module, name: str, method: Method, kinds: Kinds | None = N
         raise ConfigError("the model is a single layer, which has no name", fix="adapt nn.Sequential(model)")
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         raise _refusal(model, name, "is a container, which would take adapters for one of its own layers")
-    kind = kind_of(module, kinds)
+    kind = kind_of(module, kinds_for(method, kinds)) or kind_of(module)
     if kind is None:
         raise _refusal(model, name, f"no site kind knows what a {type(module).__name__} computes")
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         raise _refusal(model, name, "MultiheadAttention reads the weight of this layer and never calls it")
-    weight = module._parameters.get("weight")
-    if weight is None:
-        raise _refusal(model, name, "the weight is computed at each call (parametrized, or weight_norm)")
-    if weight.is_meta:
-        raise ConfigError("the weight has no values yet", where=name, fix="load the model first")
     if kind.kind not in method.site_kinds:
         claims = ", ".join(sorted(method.site_kinds))
         raise _refusal(model, name, f"method {method.name!r} adapts no layer of kind {kind.kind!r}, only {claims}")
+    kind.check(name, module)
     if hasattr(module, SLOT) and not isinstance(getattr(module, SLOT), Slot):
         raise _refusal(model, name, f"the layer has an attribute {SLOT!r} of its own")
     return kind.of(name, module)
@@ -75,13 +69,20 @@ Kinds = Sequence[type[Site]]
 
 
 def site_kinds() -> Kinds:
-    """All kinds of layer; to be asked for once where many modules are looked at."""
-    return list(registry().site_kinds().values())
+    """All kinds of layer, general ones last; to be asked for once where many modules are looked at."""
+    return sorted(registry().site_kinds().values(), key=lambda kind: kind.general)
+
+
+def kinds_for(method: Method, kinds: Kinds | None = None) -> Kinds:
+    """Those that `method` adapts."""
+    return [kind for kind in (kinds or site_kinds()) if kind.kind in method.site_kinds]
 
 
 def kind_of(module: nn.Module, kinds: Kinds | None = None) -> type[Site] | None:
-    """The site kind that knows the module's forward."""
-    return next((kind for kind in (site_kinds() if kinds is None else kinds) if kind.accepts(module)), None)
+    """The first of `kinds` that accepts the module; by default, of those that know what it computes."""
+    if kinds is None:
+        kinds = [kind for kind in site_kinds() if not kind.general]
+    return next((kind for kind in kinds if kind.accepts(module)), None)
 
 
 def _linear(model: nn.Module, modules: Mapping[str, nn.Module], method: Method, kinds: Kinds) -> list[str]:
@@ -111,8 +112,7 @@ def _excluded(name: str, exclude: Sequence[str]) -> bool:
 def _words_for(word: str, modules: Mapping[str, nn.Module], method: Method | None = None) -> set[str]:
     """What a misspelt word may have meant: ends of names, with as many dots."""
     if method is not None:
-        kinds = [kind for kind in site_kinds() if kind.kind in method.site_kinds]
-        modules = {n: m for n, m in modules.items() if kind_of(m, kinds)}
+        modules = {n: m for n, m in modules.items() if kind_of(m, kinds_for(method))}
     return {".".join(name.split(".")[-1 - word.count(".") :]) for name in modules if name}
 
 

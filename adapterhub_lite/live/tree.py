@@ -44,7 +44,7 @@ class Part(nn.Module):
         # Names, because flags on the parameters would not survive load_state_dict(assign=True).
         self.method, self.site, self.trained = method, site, tuple(name for name in tensors if name in trained)
         self.__dict__["common"] = common  # not a submodule here: it is one of the model, once
-        _place(self, tensors, site.weight)
+        _place(self, tensors, site.like)
         # The tensor whose dtype is the adapter's.
         self.lead = next((name for name, t in self.named_parameters() if t.is_floating_point()), None)
 
@@ -83,7 +83,7 @@ class Common(nn.Module):
 
 def common_of(tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> Common | None:
     """A holder of what a method shares among `sites`, if it shares anything."""
-    return Common(tensors, sites[0].weight) if tensors else None
+    return Common(tensors, sites[0].like) if tensors else None
 
 
 class Commons(nn.Module):
@@ -145,11 +145,20 @@ def before_hook(
     return steps[0].part.before(args, kwargs) if len(steps) == 1 and steps[0].weight == 1.0 else None
 
 
-def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
     """The hook of every adapted layer."""
     steps: tuple[Step, ...] = module._modules[SLOT].steps  # type: ignore[assignment, union-attr]  # a cast takes time
     if not steps:
         return None
+    if isinstance(y, Tensor):
+        return _adapted(module, steps, args, kwargs, y)
+    site = steps[0].part.site  # a block may give more than its hidden states
+    return site.with_hidden(y, _adapted(module, steps, args, kwargs, site.hidden(y)))
+
+
+def _adapted(
+    module: nn.Module, steps: tuple[Step, ...], args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+) -> Tensor:
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     part, weight = steps[0]
     if weight == 1.0 and len(steps) == 1:
@@ -159,7 +168,8 @@ def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     for part, weight in steps:
         if part.method.defines("before"):  # it has its own call of the layer
             own, named = part.before(args, kwargs)
-            y_i = part.adapted(own[0] if own else next(iter(named.values())), module.forward(*own, **named))
+            theirs = part.site.hidden(module.forward(*own, **named))
+            y_i = part.adapted(own[0] if own else next(iter(named.values())), theirs)
         else:
             y_i = part.adapted(x, y)
         total = total + weight * (y_i - y)

@@ -1,16 +1,16 @@
 """A site: one layer of a base model, and how a weight change is seen through it.
 
 A method states ΔW in matrix form (out, in) and knows no layer types; a site kind knows
-its layer and no methods. Kinds are plugins too: `linear`, `conv` and `embedding` beside
-this file come in through the hook `site_kinds`. Only they import torch.
+its layer and no methods. Kinds are plugins too: `linear`, `conv`, `embedding` and
+`block` beside this file come in through the hook `site_kinds`. Only they import torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import AdapterError, NotMergeable
+from ..errors import AdapterError, ConfigError, NotMergeable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,6 +23,8 @@ class Site:
     """One adapted layer: built from a module (`of`), or from the shape of its weight alone."""
 
     kind: ClassVar[str]
+    general: ClassVar[bool] = False
+    """Whether it takes modules of any class: then it is asked last."""
 
     name: str  # the module's path in the base model
     weight_shape: tuple[int, ...]  # as the layer stores it
@@ -36,6 +38,17 @@ class Site:
         `type(module).forward`, not `isinstance`.
         """
         raise _missing(cls, "accepts")
+
+    @classmethod
+    def check(cls, name: str, module: nn.Module) -> None:
+        """Raise `ConfigError` where a module of this kind, as it is now, can have no adapter."""
+        weight = module._parameters.get("weight")
+        if weight is None:
+            raise ConfigError(
+                "the weight is computed at each call (parametrized, or weight_norm)", where=name, fix="exclude it"
+            )
+        if weight.is_meta:
+            raise ConfigError("the weight has no values yet", where=name, fix="load the model first")
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> Site:
@@ -63,6 +76,28 @@ class Site:
         """The frozen bias (out,), detached; None if the layer has none."""
         bias = getattr(self._live(), "bias", None)
         return None if bias is None else bias.detach()
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor on the layer's device, in the dtype that it computes in."""
+        return self._live().get_parameter("weight")
+
+    @property
+    def sample(self) -> Tensor:
+        """A matrix of the base's values to know it by."""
+        return self.weight
+
+    def hidden(self, out: Any) -> Tensor:
+        """The hidden states in what the module gives."""
+        from torch import Tensor
+
+        if isinstance(out, Tensor):
+            return out
+        raise AdapterError(f"gives a {type(out).__name__}, not a tensor", where=self.name, fix="target a layer in it")
+
+    def with_hidden(self, out: Any, hidden: Tensor) -> Any:
+        """What the module gives, with other hidden states."""
+        return hidden
 
     def fold(self, matrix: Tensor) -> Tensor:
         """Matrix form (out, in) back to the layer's own layout."""

@@ -1,0 +1,93 @@
+"""A module as a whole: what it computes is nobody's business, what comes in and goes out is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError, NotMergeable
+from ..hookspecs import hookimpl
+from . import Site
+from .embedding import EmbeddingSite
+from .linear import LinearSite, TransposedLinearSite
+
+LAYERS: tuple[type[Site], ...] = (LinearSite, TransposedLinearSite, EmbeddingSite)
+
+
+class BlockSite(Site):
+    """Any module that gives hidden states (…, width): as a tensor, or first in a tuple or a mapping.
+
+    Its widths are those of the first and last layers inside, in the order in which they were registered.
+    """
+
+    kind = "block"
+    general = True
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+
+    @classmethod
+    def check(cls, name: str, module: nn.Module) -> None:
+        for tensor in module.parameters():
+            if tensor.is_meta:
+                raise ConfigError("the block has no values yet", where=name, fix="load the model first")
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> Site:
+        shapes = [_shape(layer) for layer in module.modules()]
+        known = [shape for shape in shapes if shape is not None]
+        if not known:
+            raise ConfigError("has no layer that tells how wide its output is", where=name, fix="target one that has")
+        return cls(name, (known[-1][0], known[0][1]), module)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out, into = self.weight_shape
+        return out, into
+
+    @property
+    def weight(self) -> Tensor:
+        raise NotMergeable("a block has no weight to merge into", where=self.name, fix="leave the adapter unmerged")
+
+    @property
+    def bias(self) -> Tensor | None:
+        raise NotMergeable("a block has no bias to merge into", where=self.name, fix="leave the adapter unmerged")
+
+    @property
+    def like(self) -> Tensor:
+        return next(p for p in self._live().parameters() if p.is_floating_point())
+
+    @property
+    def sample(self) -> Tensor:
+        # A layer's own parameters come before those of its adapters.
+        found = [p.detach() for p in self._live().parameters() if p.is_floating_point()]
+        first = next((p for p in found if p.ndim > 1), found[0])
+        return first.reshape(len(first), -1)
+
+    def hidden(self, out: Any) -> Tensor:
+        first = out[0] if isinstance(out, tuple) else next(iter(out.values())) if isinstance(out, Mapping) else out
+        return super().hidden(first)
+
+    def with_hidden(self, out: Any, hidden: Tensor) -> Any:
+        if isinstance(out, tuple):
+            rest = (hidden, *out[1:])
+            return type(out)(*rest) if hasattr(out, "_fields") else rest
+        return type(out)({**out, next(iter(out)): hidden})  # transformers' ModelOutput is one
+
+
+def _shape(layer: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a layer that has widths, else None."""
+    if isinstance(layer, nn.LayerNorm):
+        return layer.normalized_shape[-1], layer.normalized_shape[-1]
+    for kind in LAYERS:
+        if kind.accepts(layer):
+            return kind.of("", layer).shape
+    return None
+
+
+@hookimpl
+def site_kinds() -> list[type[Site]]:
+    return [BlockSite]
