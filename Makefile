@@ -22,6 +22,8 @@ unit: .venv/test
 bench: .venv/test
 	$(BIN)/python benchmarks/merge.py --peft
 	$(BIN)/python benchmarks/many.py
+	$(BIN)/python benchmarks/live.py
+	$(BIN)/python benchmarks/activations.py
 
 # Torch first, at its pin, so that no other package chooses its release.
 .venv/demo: pyproject.toml constraints.txt
