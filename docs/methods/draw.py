@@ -296,7 +296,8 @@ class Picture:
     note: tuple[str, ...] = ()  # lines
 
     def svg(self) -> str:
-        canvas, y, right = Canvas(), MARGIN + 16.0, 0.0
+        canvas, y = Canvas(), MARGIN + 16.0
+        right = MARGIN + 10.6 * len(self.formula)
         canvas.text(self.formula, MARGIN, y, "start", 17, INK)
         for caption, flow in self.flows.items():
             _, up, low = extent(flow)
