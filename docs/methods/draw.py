@@ -8,7 +8,8 @@ The vocabulary: an input flows from left to right through a tuple of parts.
 - `KEPT` marks the next edge: what flows there is kept for the backward pass.
 
 A name may have an index of one character: "B_K". Sizes are letters: k is the width of a layer's input, d of its output,
-r the rank. Nothing is placed by hand.
+r the rank. Nothing is placed by hand. A new symbol is a line in `SIGNS`; a new part is a class with a `size` and a
+`draw`, as those here, and a place in `Part`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ BOX = 62  # the width of a matrix
 EDGE = 46  # an edge's shortest length
 CIRCLE = 11  # the radius of a circle
 LINE = 17  # from one line of text to the next
+SIGNS = {"+": "M-6 0H6M0 -6V6", "×": "M-4.5 -4.5L4.5 4.5M4.5 -4.5L-4.5 4.5"}  # lines within a circle; "⊙" is a dot
 ROW = 14  # between the flows of a sum
 MARGIN = 20
 DEFS = (
@@ -254,9 +256,8 @@ class Canvas:
         if symbol == "⊙":
             self.dot(x, y, 3)
             return
-        signs = {"+": "M-6 0H6M0 -6V6", "×": "M-4.5 -4.5L4.5 4.5M4.5 -4.5L-4.5 4.5"}
         self.things.append(
-            f'<path d="{signs[symbol]}" transform="translate({x:g} {y:g})" stroke="{INK}" stroke-width="1.5"/>'
+            f'<path d="{SIGNS[symbol]}" transform="translate({x:g} {y:g})" stroke="{INK}" stroke-width="1.5"/>'
         )
 
     def mark(self, x: float, y: float, width: str, kept: bool) -> None:
