@@ -120,6 +120,11 @@ class Single(ABC):
                 f"{self.name}: what a {self.own.method.name!r} adapter adds depends on the base weights",
                 fix="merge it into the model instead, with adapters.load() and adapters.merge()",
             )
+        if not self.own.method.defines("delta"):
+            raise NotMergeable(
+                f"{self.name}: a {self.own.method.name!r} adapter is no change of weights, so it has no sums",
+                fix="weigh adapters on a live model, with adapters.load() and adapters.activate()",
+            )
         self._check_known(site)
         outline = self.own.method.at(site).outline(self.own.sites[site].shapes)
         shape = self.own.sites[site].shape

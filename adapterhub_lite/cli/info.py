@@ -28,7 +28,7 @@ def info(ref: str, as_json: bool, verbose: bool) -> None:
         return
     modules = report["modules"]
     ranks = sorted({m["rank"] for m in modules.values() if m["rank"] is not None})
-    scales = sorted({m["scaling"] for m in modules.values()})
+    scales = sorted({m["scaling"] for m in modules.values() if m["scaling"] is not None})
     lines = [
         ("method", report["method"]),
         ("base model", report["base_model"] or "not named"),
@@ -48,7 +48,7 @@ def info(ref: str, as_json: bool, verbose: bool) -> None:
     click.echo("\n".join(f"{name.ljust(width)}  {_shown(value)}" for name, value in lines))
     if verbose:
         rows = [
-            (printable(name), m["kind"], "×".join(map(str, m["shape"])), str(m["rank"]), f"{m['scaling']:g}")
+            (printable(name), m["kind"], "×".join(map(str, m["shape"])), _told(m["rank"]), _told(m["scaling"]))
             for name, m in modules.items()
         ]
         click.echo(table(rows, ("module", "layer", "out×in", "rank", "scaling"), right=(3, 4)))
@@ -65,7 +65,7 @@ def describe(adapter: Stored) -> dict[str, Any]:
             "kind": part.kind,
             "shape": list(part.shape),
             "rank": outline.rank,
-            "scaling": outline.scale,
+            "scaling": None if outline.rank is None else outline.scale,
             "parameters": sum(t.numel for t in part.tensors.values()),
         }
     recipe = own.facts.get("recipe")
@@ -92,6 +92,10 @@ def _span(values: list[Any]) -> str:
     if not values:
         return "-"
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _told(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
 
 
 def _shown(value: Any) -> str:

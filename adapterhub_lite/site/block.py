@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, NotMergeable
 from ..hookspecs import hookimpl
-from . import Site
+from . import SLOT, Site
 from .embedding import EmbeddingSite
 from .linear import LinearSite, TransposedLinearSite
 
@@ -31,9 +31,13 @@ class BlockSite(Site):
 
     @classmethod
     def check(cls, name: str, module: nn.Module) -> None:
-        for tensor in module.parameters():
-            if tensor.is_meta:
-                raise ConfigError("the block has no values yet", where=name, fix="load the model first")
+        values = _values(module)
+        if not values:
+            raise ConfigError(
+                "has no floating point values to tell its dtype", where=name, fix="target a block around it"
+            )
+        if any(tensor.is_meta for tensor in values):
+            raise ConfigError("the block has no values yet", where=name, fix="load the model first")
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> Site:
@@ -58,13 +62,12 @@ class BlockSite(Site):
 
     @property
     def like(self) -> Tensor:
-        return next(p for p in self._live().parameters() if p.is_floating_point())
+        return _values(self._live())[0]
 
     @property
     def sample(self) -> Tensor:
-        # A layer's own parameters come before those of its adapters.
-        found = [p.detach() for p in self._live().parameters() if p.is_floating_point()]
-        first = next((p for p in found if p.ndim > 1), found[0])
+        found = _values(self._live())
+        first = next((p for p in found if p.ndim > 1), found[0]).detach()
         return first.reshape(len(first), -1)
 
     def hidden(self, out: Any) -> Tensor:
@@ -76,6 +79,11 @@ class BlockSite(Site):
             rest = (hidden, *out[1:])
             return type(out)(*rest) if hasattr(out, "_fields") else rest
         return type(out)({**out, next(iter(out)): hidden})  # transformers' ModelOutput is one
+
+
+def _values(module: nn.Module) -> list[nn.Parameter]:
+    """The floating point parameters inside, but for those of adapters."""
+    return [p for name, p in module.named_parameters() if p.is_floating_point() and SLOT not in name.split(".")]
 
 
 def _shape(layer: nn.Module) -> tuple[int, int] | None:
