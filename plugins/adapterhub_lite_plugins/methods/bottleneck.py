@@ -33,10 +33,10 @@ KEYS = {
     "up": "adapter_up.weight",
     "up_bias": "adapter_up.bias",
     "scale": "adapter_scale",
-    "before": "adapter_norm_before.weight",
-    "before_bias": "adapter_norm_before.bias",
-    "after": "adapter_norm_after.weight",
-    "after_bias": "adapter_norm_after.bias",
+    "norm_before": "adapter_norm_before.weight",
+    "norm_before_bias": "adapter_norm_before.bias",
+    "norm_after": "adapter_norm_after.weight",
+    "norm_after_bias": "adapter_norm_after.bias",
 }
 
 
@@ -132,7 +132,7 @@ class Bottleneck(Method):
         tensors["down"] = weight(*shapes["down"])
         if self.init_weights != "lora":
             tensors["up"] = weight(*shapes["up"])
-        for ones in {"scale", "before", "after"} & shapes.keys():
+        for ones in {"scale", "norm_before", "norm_after"} & shapes.keys():
             tensors[ones] = torch.ones(shapes[ones])
         return {key: nn.Parameter(t) for key, t in tensors.items()}
 
@@ -144,9 +144,9 @@ class Bottleneck(Method):
         if isinstance(self.scaling, str):
             shapes["scale"] = (out,) if self.scaling == "channel" else (1,)
         if self.ln_before:
-            shapes.update(before=(d,), before_bias=(d,))
+            shapes.update(norm_before=(d,), norm_before_bias=(d,))
         if self.ln_after:
-            shapes.update(after=(out,), after_bias=(out,))
+            shapes.update(norm_after=(out,), norm_after_bias=(out,))
         return shapes
 
     def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
@@ -163,7 +163,7 @@ class Bottleneck(Method):
         from torch.nn import functional as F
 
         if self.ln_before:
-            h = F.layer_norm(h, h.shape[-1:], p["before"], p["before_bias"])
+            h = F.layer_norm(h, h.shape[-1:], p["norm_before"], p["norm_before_bias"])
         h = F.linear(h, p["down"], p["down_bias"])  # (…, m)
         if self.non_linearity == "gelu_new":
             h = F.gelu(h, approximate="tanh")
@@ -177,7 +177,7 @@ class Bottleneck(Method):
             u = u * self.scaling
         if self.dropout and site.module is not None and site.module.training:
             u = F.dropout(u, self.dropout)
-        return F.layer_norm(u, u.shape[-1:], p["after"], p["after_bias"]) if self.ln_after else u
+        return F.layer_norm(u, u.shape[-1:], p["norm_after"], p["norm_after_bias"]) if self.ln_after else u
 
     def _check_widths(self, p: Params, x: Tensor, y: Tensor, site: Site) -> None:
         """The site's widths are those of layers in the block: what it takes and gives may have others."""
