@@ -27,7 +27,9 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("vera", {"rank": 6}),
     ("dora", {"rank": 4}),
     ("ia3", {"feedforward": ("down_proj",)}),
+    ("bottleneck", {"reduction_factor": 4, "placement": "parallel", "scaling": "learned", "non_linearity": "gelu"}),
 )
+BLOCKS = ["self_attn", "mlp"]  # one gives a tuple, the other a tensor
 every_method = pytest.mark.parametrize(
     "method", METHODS, ids=lambda m: "-".join([m[0], *(str(v) for v in m[1].values() if isinstance(v, str))])
 )
@@ -55,8 +57,18 @@ def adapted(method: tuple[str, dict[str, Any]], dtype: torch.dtype = torch.float
     name, options = method
     model = llama(dtype)
     adapters = ah.adapt(model)
-    adapters.add("a", ah.method(name, **options), "all-linear")
+    adapters.add("a", ah.method(name, **options), targets(method))
     return model, adapters
+
+
+def targets(method: tuple[str, dict[str, Any]]) -> Any:
+    """All linear layers, for a method that adapts any."""
+    return "all-linear" if "linear" in ah.method(method[0]).site_kinds else BLOCKS
+
+
+def merges(method: tuple[str, dict[str, Any]]) -> bool:
+    cls = type(ah.method(method[0]))
+    return cls.defines("delta") or cls.defines("merge")
 
 
 def fill(model: nn.Module, name: str = "a", seed: int = 0) -> None:
