@@ -1,7 +1,8 @@
 """Activations that a method keeps for the backward pass, in elements a token: `python benchmarks/activations.py`.
 
 Counted by torch's saved-tensor hooks, each storage once and parameters left out: one linear layer alone, and a small
-transformer with adapters at all of its linear layers, or at the blocks that a method is for. Bytes do not depend on the machine, so there is nothing to time.
+transformer with adapters at all of its linear layers, or at the blocks that a method is for. Bytes do not depend on the
+machine, so there is nothing to time.
 """
 
 from __future__ import annotations

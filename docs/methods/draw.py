@@ -9,8 +9,8 @@ The vocabulary: an input flows from left to right through a tuple of parts.
 - `KEPT` marks the next edge: what flows there is kept for the backward pass.
 
 A name may have an index of one character: "B_K". Sizes are letters: k is the width of a layer's input, d of its output,
-r the rank. Nothing is placed by hand. A new symbol is a line in `SIGNS`; a new part is a class with a `size` and a
-`draw`, as those here, and a place in `Part`.
+r the rank, m the width of a bottleneck. Nothing is placed by hand. A new symbol is a line in `SIGNS`; a new part is a
+class with a `size` and a `draw`, as those here, and a place in `Part`.
 """
 
 from __future__ import annotations
