@@ -70,7 +70,7 @@ class Method:
     carries_low_rank: ClassVar[bool] = False
     """Whether `carry` and `factors` can hold any low-rank delta: what results of arithmetic are saved as."""
     peft_type: ClassVar[str | None] = None
-    """PEFT's name for the method in `adapter_config.json`, if PEFT has it."""
+    """The name in `adapter_config.json`: PEFT's, or one of the plugin's own; None if the delta is what is saved."""
 
     def __post_init__(self) -> None:
         options.validate(self, owner=f"method {self.name!r}")
