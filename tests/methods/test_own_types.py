@@ -131,3 +131,22 @@ def test_where_the_plugin_is_not_installed_the_type_is_named(folder: Path) -> No
 def test_a_method_that_reads_nothing_is_said_to(folder: Path) -> None:
     with pytest.raises(FileError, match="peft_type 'SHIFT' with these options"):
         read(folder, Pathless)
+
+
+def test_what_is_no_weight_change_is_rounded_too(tmp_path: Path) -> None:
+    """It has no delta, but does not read the weight either; what its merge does to the bias is what is measured."""
+    adapters: Any = ah.adapt(model())
+    adapters.add("a", Shift(), ["0", "2"])
+    exact = {}
+    with torch.no_grad():
+        for name, p in adapters.model.named_parameters():
+            if p.requires_grad:
+                p.copy_(torch.linspace(0.3, 1.7, len(p)))
+                exact[f"base_model.model.{name.partition('.')[0]}.shift_b"] = p.detach().double().clone()
+    error = adapters.save("a", tmp_path / "a", dtype=torch.bfloat16)
+    stored = load_file(tmp_path / "a" / WEIGHTS)
+    assert stored.keys() == exact.keys()
+    assert all(torch.equal(stored[key], b.bfloat16()) for key, b in exact.items())
+    lost = torch.cat([stored[key].double() - b for key, b in exact.items()])
+    assert error.of == "delta"
+    assert error.overall == pytest.approx(float(lost.norm() / torch.cat([*exact.values()]).norm()), rel=1e-5)

@@ -76,4 +76,7 @@ def with_shape(name: str, part: SiteContents, facts: Mapping[str, Any]) -> SiteC
     for known, n in zip(part.weight_shape, shape, strict=True):
         if type(n) is not int or not 0 < n < MAX_DIMENSION or known not in (-1, n):
             return part
+    if part.shape == part.weight_shape:  # a plain matrix, for which no site is made: that would import torch
+        out, into = shape
+        return replace(part, weight_shape=(out, into), shape=(out, into))
     return replace(part, weight_shape=tuple(shape), shape=registry().site_kind(part.kind)(name, tuple(shape)).shape)

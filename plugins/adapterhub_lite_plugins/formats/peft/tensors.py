@@ -8,7 +8,7 @@ from typing import Any
 
 from adapterhub_lite import ConfigError, FileError, Method, NotMergeable
 from adapterhub_lite.checkpoint import Checkpoint, TensorInfo
-from adapterhub_lite.format import SiteContents
+from adapterhub_lite.format import SiteContents, is_floating
 
 from .layout import CONFIG, PREFIX, ROOT, WEIGHTS, plain_key, within
 
@@ -33,7 +33,7 @@ def shared_tensors(checkpoint: Checkpoint, method: Method) -> dict[str, TensorIn
 
 
 def _check_floating(key: str, tensor: TensorInfo, path: Path) -> None:
-    if not tensor.dtype.startswith(("F", "BF")):
+    if not is_floating(tensor):
         what = f"{key!r} holds {tensor.dtype}, not floating point numbers"
         raise FileError(what, where=path, fix="dequantise or restore the file")
 
