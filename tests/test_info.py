@@ -43,15 +43,15 @@ def lines(done: Done) -> dict[str, str]:
 TABLES: list[tuple[str, dict[str, Any], dict[str, str | None]]] = [
     ("lora", {"rank": 3, "alpha": 6}, {"rank": "3", "scaling": "2", "options": "alpha=6"}),
     ("lora", {}, {"rank": "8", "scaling": "1", "options": None}),
-    ("dora", {"rank": 3, "alpha": 7}, {"rank": "3", "scaling": None, "options": "alpha=7"}),
+    ("dora", {"rank": 3, "alpha": 7}, {"rank": "3", "scaling": "-", "options": "alpha=7"}),
     (
         "dora",
         {"rank": 3, "alpha": 7, "rslora": True, "rank_pattern": {"up_proj": 2}},
-        {"rank": "2 to 3", "scaling": None, "options": 'alpha=7, rslora=true, rank_pattern={"up_proj": 2}'},
+        {"rank": "2 to 3", "scaling": "-", "options": 'alpha=7, rslora=true, rank_pattern={"up_proj": 2}'},
     ),
-    ("dora", {}, {"rank": "8", "scaling": None, "options": None}),
-    ("ia3", {"feedforward": ("down_proj",)}, {"rank": None, "scaling": None, "options": 'feedforward=["down_proj"]'}),
-    ("ia3", {}, {"rank": None, "scaling": None, "options": None}),
+    ("dora", {}, {"rank": "8", "scaling": "-", "options": None}),
+    ("ia3", {"feedforward": ("down_proj",)}, {"rank": "-", "scaling": "-", "options": 'feedforward=["down_proj"]'}),
+    ("ia3", {}, {"rank": "-", "scaling": "-", "options": None}),
     ("vera", {"rank": 4, "projection_prng_key": 5}, {"rank": "4", "scaling": "1", "options": "projection_prng_key=5"}),
 ]
 

@@ -37,8 +37,8 @@ def info(ref: str, as_json: bool, verbose: bool) -> None:
     lines = [
         ("method", report["method"]),
         ("base model", report["base_model"] or "not named"),
-        *([("rank", _span(ranks))] if ranks else []),
-        *([("scaling", _span(scales))] if scales else []),
+        ("rank", _span(ranks)),
+        ("scaling", _span(scales)),
         *([("options", said)] if (said := _options(adapter.own.method)) else []),
         ("modules", f"{len(modules)}: {', '.join(report['suffixes'])}"),
         ("parameters", f"{report['parameters']:,} ({', '.join(report['dtypes'])})"),
@@ -115,6 +115,8 @@ def _shape(shape: list[int]) -> str:
 
 
 def _span(values: list[Any]) -> str:
+    if not values:
+        return "-"
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
 
 
