@@ -231,11 +231,11 @@ def stored(ref: str | Path) -> Stored:
 
 
 def _recognise(folder: Path, found: Registry) -> Format:
-    usual = found.format(DEFAULT)  # nearly always: no other plugin is imported then
-    if usual.recognises(folder):
-        return usual
+    usual = found.format(DEFAULT)
+    if usual.recognises(folder) and all(file.is_file() for file in usual.files(folder)):
+        return usual  # nearly always: no other plugin is imported then
     formats = found.formats()
-    for own in formats.values():
+    for own in (*(other for other in formats.values() if other.name != DEFAULT), usual):
         if own.recognises(folder):
             return own
     raise FileError("is not an adapter folder", where=folder, fix=f"formats that are read: {', '.join(formats)}")

@@ -19,7 +19,8 @@ LAYERS: tuple[type[Site], ...] = (LinearSite, TransposedLinearSite, EmbeddingSit
 class BlockSite(Site):
     """Any module that gives hidden states (…, width): as a tensor, or first in a tuple or a mapping.
 
-    Its widths are those of the first and last layers inside, in the order in which they were registered.
+    Its widths are those of the first and last layers inside, in the order in which they were registered; an embedding
+    counts where there is nothing else.
     """
 
     kind = "block"
@@ -41,8 +42,9 @@ class BlockSite(Site):
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> Site:
-        shapes = [_shape(layer) for layer in module.modules()]
-        known = [shape for shape in shapes if shape is not None]
+        layers = [layer for layer in module.modules() if _shape(layer) is not None]
+        others = [layer for layer in layers if not EmbeddingSite.accepts(layer)]  # T5's attention has one for distances
+        known = [shape for layer in others or layers if (shape := _shape(layer)) is not None]
         if not known:
             raise ConfigError("has no layer that tells how wide its output is", where=name, fix="target one that has")
         return cls(name, (known[-1][0], known[0][1]), module)
