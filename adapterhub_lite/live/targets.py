@@ -14,7 +14,7 @@ from ..site import Site
 from ..site.linear import LinearSite
 from .tree import SLOT, Slot, base_modules
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, ALL = "all-linear", "all"
 
 
 def select(model: nn.Module, method: Method, targets: Sequence[str], exclude: Sequence[str]) -> dict[Site, list[str]]:
@@ -25,8 +25,10 @@ def select(model: nn.Module, method: Method, targets: Sequence[str], exclude: Se
     modules, kinds = dict(base_modules(model)), site_kinds()
     chosen: dict[str, list[str]] = {}
     for target in targets:
-        everything = target == ALL_LINEAR
-        hits = _linear(model, modules, method, kinds) if everything else [n for n in modules if _names(target, n)]
+        if target in (ALL_LINEAR, ALL):
+            hits = _adaptable(model, modules, method, kinds, LinearSite if target == ALL_LINEAR else Site)
+        else:
+            hits = [name for name in modules if _names(target, name)]
         if not hits:
             raise UnknownName(
                 f"target {target!r} names no module",
@@ -62,7 +64,11 @@ def site_of(model: nn.Module, name: str, method: Method, kinds: Kinds | None = N
     kind.check(name, module)
     if hasattr(module, SLOT) and not isinstance(getattr(module, SLOT), Slot):
         raise _refusal(model, name, f"the layer has an attribute {SLOT!r} of its own")
-    return kind.of(name, module)
+    site = kind.of(name, module)
+    why = method.at(name).refuses(site) if method.defines("refuses") else None
+    if why is not None:
+        raise _refusal(model, name, f"method {method.name!r} can do nothing here: {why}")
+    return site
 
 
 Kinds = Sequence[type[Site]]
@@ -85,17 +91,27 @@ def kind_of(module: nn.Module, kinds: Kinds | None = None) -> type[Site] | None:
     return next((kind for kind in kinds if kind.accepts(module)), None)
 
 
-def _linear(model: nn.Module, modules: Mapping[str, nn.Module], method: Method, kinds: Kinds) -> list[str]:
-    """All that are linear and called, of a kind that `method` adapts, but the output head."""
+def _adaptable(
+    model: nn.Module, modules: Mapping[str, nn.Module], method: Method, kinds: Kinds, among: type[Site]
+) -> list[str]:
+    """All that are called, of a kind of `among` that `method` adapts, and not refused by it; but the output head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = []
+    kinds, names, refused = [kind for kind in kinds if not kind.general], [], {}
     for name, module in modules.items():
         kind = kind_of(module, kinds)
-        if kind is None or not issubclass(kind, LinearSite) or kind.kind not in method.site_kinds:
+        if kind is None or not issubclass(kind, among) or kind.kind not in method.site_kinds:
             continue
         called = not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
-        if called and module is not head:
+        if not name or not called or module is head:
+            continue
+        why = method.at(name).refuses(kind.of(name, module)) if method.defines("refuses") else None
+        if why is None:
             names.append(name)
+        else:
+            refused[name] = why
+    if refused and not names:
+        name, why = next(iter(refused.items()))
+        raise _refusal(model, name, f"method {method.name!r} can do nothing here: {why}")
     return names
 
 

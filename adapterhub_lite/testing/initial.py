@@ -103,7 +103,7 @@ def _starts(method: Method, *, reverse: bool = False) -> dict[str, Mapping[str, 
     """What `init` gives at every site, by kind and name."""
     found: dict[str, Mapping[str, Any]] = {}
     for example in examples(method):
-        sites = list(example.sites(example.model(torch.float32)).items())
+        sites = list(example.sites(example.model(torch.float32), method).items())
         for name, site in reversed(sites) if reverse else sites:
             found[f"{example.kind} {name}"] = method.at(name).init(site, generator(0, name))
     return found

@@ -708,11 +708,19 @@ class MixedDtypes(Sound):
 
 class _Everything(frozenset[str]):
     def __contains__(self, kind: object) -> bool:
-        return kind != "block"  # it could not adapt one
+        return kind not in ("norm", "block")  # no delta is right there, which other checks would find
 
 
 @trips("unsupported_layers_are_refused")
 class ClaimsEverything(Sound):
-    """Answers yes to every kind of layer."""
+    """Answers yes to every kind of layer that takes a delta."""
 
     site_kinds = _Everything({"linear"})
+
+
+@trips("refusals_say_why")
+class RefusesByTruth(Sound):
+    """Says yes or no where a reason is asked for: no layer is left."""
+
+    def refuses(self, site: Site) -> Any:
+        return site.bias is None
