@@ -27,9 +27,10 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("vera", {"rank": 6}),
     ("dora", {"rank": 4}),
     ("ia3", {"feedforward": ("down_proj",)}),
+    ("ln_tuning", {}),
     ("bottleneck", {"reduction_factor": 4, "placement": "parallel", "scaling": "learned", "non_linearity": "gelu"}),
 )
-BLOCKS = ["self_attn", "mlp"]  # one gives a tuple, the other a tensor
+TARGETS = {"bottleneck": ["self_attn", "mlp"], "ln_tuning": "all"}  # the former gives a tuple; others: all-linear
 every_method = pytest.mark.parametrize(
     "method", METHODS, ids=lambda m: "-".join([m[0], *(str(v) for v in m[1].values() if isinstance(v, str))])
 )
@@ -62,8 +63,7 @@ def adapted(method: tuple[str, dict[str, Any]], dtype: torch.dtype = torch.float
 
 
 def targets(method: tuple[str, dict[str, Any]]) -> Any:
-    """All linear layers, for a method that adapts any."""
-    return "all-linear" if "linear" in ah.method(method[0]).site_kinds else BLOCKS
+    return TARGETS.get(method[0], "all-linear")
 
 
 def merges(method: tuple[str, dict[str, Any]]) -> bool:
