@@ -1,6 +1,6 @@
 """LayerNorm tuning: of the whole model, the norms alone are trained.
 
-    h = w ⊙ (x − μ) / σ + b                                    Zhao et al. 2024, §3
+    h = w ⊙ (x − μ) / σ + b                                    Zhao et al. 2024
 
 with w and b in the place of the base's: they begin there. A norm without a bias, as RMSNorm, has w alone. What the norm
 computes between is its class's business. The tensors are values and not differences, as in PEFT's layout.
