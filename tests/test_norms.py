@@ -260,3 +260,9 @@ def test_all_finds_nothing_where_there_is_nothing() -> None:
     model = nn.Sequential(nn.Linear(6, 4))
     with pytest.raises(ah.UnknownName, match="target 'all' names no module"):
         ah.adapt(model).add("a", ah.method("ln_tuning"), "all")
+
+
+def test_a_block_is_refused_with_a_layer_in_it_that_the_method_adapts() -> None:
+    for method, layer in ((ah.method("lora", rank=2), "self_attn.q_proj"), (ah.method("ln_tuning"), "input_layernorm")):
+        with pytest.raises(ah.ConfigError, match=rf"target layers in it, say 'model\.layers\.0\.{layer}'"):
+            ah.adapt(LLAMA.build()).add("a", method, "layers.0")

@@ -52,22 +52,24 @@ def site_of(model: nn.Module, name: str, method: Method, kinds: Kinds | None = N
     if not name:
         raise ConfigError("the model is a single layer, which has no name", fix="adapt nn.Sequential(model)")
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        raise _refusal(model, name, "is a container, which would take adapters for one of its own layers")
+        raise _refusal(model, name, method, "is a container, which would take adapters for one of its own layers")
     kind = kind_of(module, kinds_for(method, kinds)) or kind_of(module)
     if kind is None:
-        raise _refusal(model, name, f"no site kind knows what a {type(module).__name__} computes")
+        raise _refusal(model, name, method, f"no site kind knows what a {type(module).__name__} computes")
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-        raise _refusal(model, name, "MultiheadAttention reads the weight of this layer and never calls it")
+        raise _refusal(model, name, method, "MultiheadAttention reads the weight of this layer and never calls it")
     if kind.kind not in method.site_kinds:
         claims = ", ".join(sorted(method.site_kinds))
-        raise _refusal(model, name, f"method {method.name!r} adapts no layer of kind {kind.kind!r}, only {claims}")
+        raise _refusal(
+            model, name, method, f"method {method.name!r} adapts no layer of kind {kind.kind!r}, only {claims}"
+        )
     kind.check(name, module)
     if hasattr(module, SLOT) and not isinstance(getattr(module, SLOT), Slot):
-        raise _refusal(model, name, f"the layer has an attribute {SLOT!r} of its own")
+        raise _refusal(model, name, method, f"the layer has an attribute {SLOT!r} of its own")
     site = kind.of(name, module)
     why = method.at(name).refuses(site) if method.defines("refuses") else None
     if why is not None:
-        raise _refusal(model, name, f"method {method.name!r} can do nothing here: {why}")
+        raise _refusal(model, name, method, f"method {method.name!r} can do nothing here: {why}")
     return site
 
 
@@ -102,7 +104,7 @@ def _adaptable(
         if kind is None or not issubclass(kind, among) or kind.kind not in method.site_kinds:
             continue
         called = not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
-        if not name or not called or module is head:
+        if not called or module is head:
             continue
         why = method.at(name).refuses(kind.of(name, module)) if method.defines("refuses") else None
         if why is None:
@@ -111,7 +113,7 @@ def _adaptable(
             refused[name] = why
     if refused and not names:
         name, why = next(iter(refused.items()))
-        raise _refusal(model, name, f"method {method.name!r} can do nothing here: {why}")
+        raise _refusal(model, name, method, f"method {method.name!r} can do nothing here: {why}")
     return names
 
 
@@ -132,6 +134,7 @@ def _words_for(word: str, modules: Mapping[str, nn.Module], method: Method | Non
     return {".".join(name.split(".")[-1 - word.count(".") :]) for name in modules if name}
 
 
-def _refusal(model: nn.Module, name: str, why: str) -> ConfigError:
-    inside = [n for n, module in base_modules(model) if n.startswith(f"{name}.") and kind_of(module)]
+def _refusal(model: nn.Module, name: str, method: Method, why: str) -> ConfigError:
+    kinds = kinds_for(method)
+    inside = [n for n, module in base_modules(model) if n.startswith(f"{name}.") and kind_of(module, kinds)]
     return ConfigError(why, where=name, fix=f"target layers in it, say {inside[0]!r}" if inside else "exclude it")
