@@ -27,7 +27,10 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("vera", {"rank": 6}),
     ("dora", {"rank": 4}),
     ("ia3", {"feedforward": ("down_proj",)}),
+    ("prompt_tuning", {"num_virtual_tokens": 5}),
 )
+RATES = {"prompt_tuning": 0.3}  # the paper's, and a hundred times that of other methods
+TARGETS = {"decoder": "model", "attention": "self_attn"}  # of methods that adapt no linear layer
 every_method = pytest.mark.parametrize(
     "method", METHODS, ids=lambda m: "-".join([m[0], *(str(v) for v in m[1].values() if isinstance(v, str))])
 )
@@ -55,8 +58,19 @@ def adapted(method: tuple[str, dict[str, Any]], dtype: torch.dtype = torch.float
     name, options = method
     model = llama(dtype)
     adapters = ah.adapt(model)
-    adapters.add("a", ah.method(name, **options), "all-linear")
+    adapters.add("a", ah.method(name, **options), targets(method))
     return model, adapters
+
+
+def targets(method: tuple[str, dict[str, Any]]) -> Any:
+    """All linear layers, for a method that adapts any."""
+    kinds = ah.method(method[0]).site_kinds
+    return "all-linear" if "linear" in kinds else [name for kind, name in TARGETS.items() if kind in kinds]
+
+
+def merges(method: tuple[str, dict[str, Any]]) -> bool:
+    cls = type(ah.method(method[0]))
+    return cls.defines("delta") or cls.defines("merge")
 
 
 def fill(model: nn.Module, name: str = "a", seed: int = 0) -> None:
@@ -96,6 +110,10 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 def optimizer(adapters: ah.Adapters, lr: float = 1e-2, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(adapters.param_groups(lr), **options)
+
+
+def rate(method: tuple[str, dict[str, Any]]) -> float:
+    return RATES.get(method[0], 1e-2)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor], tol: float = 1e-6) -> None:

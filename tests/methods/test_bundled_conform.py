@@ -23,6 +23,7 @@ m = ah.method
     m("ia3"),
     m("ia3", feedforward=("second",)),
     m("ia3", feedforward=("first", "third")),
+    m("prompt_tuning", num_virtual_tokens=3),
 )
 def test_conforms(method: Method, check: Check) -> None:
     check(method)

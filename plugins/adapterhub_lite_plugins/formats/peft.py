@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterhub_lite import AdapterError, ConfigError, FileError, Method, NotMergeable, UnknownName, hookimpl
 from adapterhub_lite.checkpoint import Checkpoint, TensorInfo, unpickle
+from adapterhub_lite.columns import Joining, joined, split
 from adapterhub_lite.errors import nearest, os_error
 from adapterhub_lite.format import Contents, Format, SiteContents, Writer
 from adapterhub_lite.options import build
@@ -34,6 +35,8 @@ SHAPES = "shapes"  # in it, of layers whose shape the tensors do not tell
 MAX_DIMENSION = 1 << 31
 MAX_CONFIG = 16 << 20  # bytes
 MAX_KEPT = 1000  # names in modules_to_save
+MAX_JOINED = 10_000  # sites in one tensor
+NAMED = "sites"  # in our entry, of adapters whose file names none
 
 # Entries that do not change what the saved tensors compute: which modules were chosen, and bookkeeping.
 INERT = frozenset(
@@ -88,7 +91,20 @@ class PeftFormat:
         targets = entries.targets()
         kept_options = entries.kept()
         method = _named(facts, entries.method(methods), methods, folder / WEIGHTS)
+        count = 0 if method.peft_joined is None else entries.count(method.peft_joined)
         entries.refuse_leftovers()
+        if count:
+            sites, named = _split_tensors(checkpoint, method, count, facts)
+            return Contents(
+                method=method,
+                sites=sites,
+                numbered=not named,
+                base=base,
+                revision=revision,
+                base_class=_base_class(config),
+                task=task,
+                facts=facts,
+            )
         shared = _shared(checkpoint, method)
         sites, kept = _sort_tensors(checkpoint, method, shared, kept_options, folder)
         sites = {name: _with_shape(name, part, facts) for name, part in sites.items()}
@@ -122,6 +138,10 @@ class PeftFormat:
         method = contents.method
         if method.peft_type is None:
             raise ConfigError(f"PEFT has no method like {method.name!r}, so its layout cannot hold it")
+        if method.peft_joined is not None:
+            with _joined_writer(folder, contents, room) as writer:
+                yield writer
+            return
         config = {
             **method.to_peft(),
             "peft_type": method.peft_type,
@@ -151,6 +171,84 @@ class PeftFormat:
         facts: dict[str, Any] = {SHAPES: shapes} if shapes else {}
         with TensorWriter(folder / WEIGHTS, described, metadata_room=room + len(json.dumps(facts))) as tensors:
             yield _PeftWriter(tensors, keys, shared, kept, folder / CONFIG, config, facts)
+
+
+@contextmanager
+def _joined_writer(folder: Path, contents: Contents, room: int) -> Iterator[Writer]:
+    """For methods whose file has one tensor for all sites and names none; our entry in the header does."""
+    method, sites = contents.method, list(contents.sites)
+    own = method.to_peft()
+    config: dict[str, Any] = {
+        **own,
+        "peft_type": method.peft_type,
+        "task_type": contents.task or own.get("task_type"),
+        "base_model_name_or_path": contents.base and _public(contents.base),
+        "revision": contents.revision,
+        "inference_mode": True,
+        str(method.peft_joined): len(sites),
+    }
+    names = method.peft_keys()[""]
+    whole = {key: joined([part.tensors[name] for part in contents.sites.values()]) for name, key in names.items()}
+    facts = {} if contents.numbered else {NAMED: sites}
+    described = {key: (t.dtype, t.shape) for key, t in whole.items()}
+    with TensorWriter(folder / WEIGHTS, described, metadata_room=room + len(json.dumps(facts))) as tensors:
+        joining = Joining(tensors.write, dict.fromkeys(whole, sites))
+        yield _JoinedWriter(tensors, joining, names, folder / CONFIG, config, facts)
+
+
+class _JoinedWriter:
+    def __init__(
+        self,
+        tensors: TensorWriter,
+        joining: Joining,
+        keys: Mapping[str, str],
+        path: Path,
+        config: Mapping[str, Any],
+        facts: Mapping[str, Any],
+    ) -> None:
+        self._joining, self._keys = joining, keys
+        self._rest = _PeftWriter(tensors, {}, {}, {}, path, config, facts)
+
+    def write(self, site: str, name: str, tensor: Tensor) -> None:
+        self._joining.add(self._keys[name], site, tensor)
+
+    def share(self, name: str, tensor: Tensor) -> None:
+        self._rest.share(name, tensor)
+
+    def keep(self, key: str, tensor: Tensor) -> None:
+        self._rest.keep(key, tensor)
+
+    def finish(self, facts: Mapping[str, Any]) -> None:
+        self._rest.finish(facts)
+
+
+def _split_tensors(
+    checkpoint: Checkpoint, method: Method, count: int, facts: Mapping[str, Any]
+) -> tuple[dict[str, SiteContents], bool]:
+    """The sites of a file with one tensor for all of them, and whether our entry in the header names them."""
+    path, names = checkpoint.path, method.peft_keys()[""]
+    for key in checkpoint.tensors:
+        if key not in names.values():
+            raise _unexpected(key, key.removeprefix(PREFIX), method, path)
+    parts: dict[str, list[Any]] = {}
+    for name, key in names.items():
+        if key not in checkpoint.tensors:
+            raise FileError(f"{key!r} is missing", where=path, fix="restore the file")
+        _check_floating(key, checkpoint.tensors[key], path)
+        parts[name] = list(split(checkpoint.tensors[key], count))
+    told = facts.get(NAMED)
+    named = isinstance(told, list) and len(told) == count and all(isinstance(site, str) and site for site in told)
+    sites = {}
+    for i, site in enumerate(told if named and told else map(str, range(count))):
+        tensors = {name: columns[i] for name, columns in parts.items()}
+        try:
+            place = method.at(site).place("", {name: t.shape for name, t in tensors.items()})
+        except ConfigError as e:
+            raise FileError(e.what, where=path, fix=e.fix or "restore the file") from None
+        sites[site] = SiteContents(*place, tensors)
+    if len(sites) < count:
+        raise FileError("the header names a module twice", where=path, fix="restore the file")
+    return sites, named
 
 
 class _PeftWriter:
@@ -202,6 +300,12 @@ class _Entries:
         if not isinstance(value, bool):
             raise self._wrong(key, value, "true or false")
         return value
+
+    def count(self, key: str) -> int:
+        value = self.left.pop(key, None)
+        if value is not None and (type(value) is not int or not 0 < value <= MAX_JOINED):
+            raise self._wrong(key, value, f"a number from 1 to {MAX_JOINED}")
+        return value or 1
 
     def names(self, key: str) -> list[str]:
         value = self.left.pop(key, None) or []
