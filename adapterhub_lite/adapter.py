@@ -174,7 +174,8 @@ class Adapter:
     ) -> RelativeError:
         """Write it to the folder `out`, whole or not at all; returns the error of what was stored.
 
-        `dtype`: of the tensors, by default the widest of the inputs'. `force`: replace an adapter that is there.
+        `dtype`: of the tensors, by default the widest of the inputs'; of one adapter whose tensors alone do not
+        give ΔW they are rounded, and the error's `of` says what it is of. `force`: replace an adapter that is there.
         `any_base`: do not ask that all name the same base model. `keep`: the adapter to take trained heads,
         biases and token rows from where they differ, or "none".
         """

@@ -308,8 +308,8 @@ def rounded(x: LowRank, dtype: torch.dtype) -> tuple[LowRank, LowRank]:
     if not dtype.is_floating_point:
         raise ConfigError(f"{dtype} cannot hold an adapter", fix="choose a floating-point type")
     B, A = _scaled_b(x), x.A.detach()
-    B_new, B_lost = _rounding(B, dtype)
-    A_new, A_lost = _rounding(A, dtype)
+    B_new, B_lost = cast(B, dtype)
+    A_new, A_lost = cast(A, dtype)
     lost = []
     if B_lost is not None:
         lost.append(LowRank(B_lost, x.A if A_lost is None else _f64(A_new)))
@@ -318,8 +318,16 @@ def rounded(x: LowRank, dtype: torch.dtype) -> tuple[LowRank, LowRank]:
     return LowRank(B_new, A_new), _low_rank_total(lost or [LowRank(B[..., :0], _f64(A[..., :0, :]))])
 
 
-def _rounding(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A factor as stored, and what that adds to it, in float64; None if nothing."""
+@torch.no_grad()
+def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A factor as stored, rounded once, and what that adds to it, in float64; None if nothing.
+
+    Raises `NotMergeable` if a number is not finite in `dtype`.
+
+    >>> new, lost = cast(torch.tensor([1.0, 1.01]), torch.bfloat16)
+    >>> new.tolist(), round(lost[1].item(), 6)
+    ([1.0, 1.0078125], -0.002187)
+    """
     new = x.to(dtype)
     if not math.isfinite(_largest(new)):  # an infinity rounds to itself, as if nothing were lost
         raise NotMergeable(f"the factors are not finite in {dtype}", fix="choose a wider type")

@@ -342,12 +342,12 @@ def damaged(what: str, path: Path) -> FileError:
     return FileError(what, where=path, fix=_DAMAGED)
 
 
-def unpickle(name: str) -> str:
+def unpickle(name: str, to: str = "adapter_model.safetensors") -> str:
     """What to do about a pickle: nothing here reads one."""
     return (
         "if you trust where it comes from, convert it in a process of its own: python -c "
-        f"\"import torch, safetensors.torch as s; s.save_file(torch.load('{name}', weights_only=True), "
-        "'adapter_model.safetensors')\""
+        f"\"import torch, safetensors.torch as s; s.save_file({{k: t.clone() for k, t in torch.load('{name}', "
+        f"weights_only=True).items()}}, '{to}')\""
     )
 
 

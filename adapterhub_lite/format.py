@@ -34,6 +34,10 @@ class Planned:
     shape: tuple[int, ...]
 
 
+def is_floating(tensor: Shaped) -> bool:
+    return tensor.dtype.startswith(("F", "BF"))
+
+
 @dataclass(frozen=True)
 class SiteContents:
     """One site's part of an adapter: what layer it is, and the method's tensors by name."""

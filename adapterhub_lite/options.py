@@ -48,6 +48,28 @@ def plain(options: Any) -> dict[str, Any]:
     return {f.name: _plain(getattr(options, f.name)) for f in dataclasses.fields(options)}
 
 
+def changed(options: Any) -> dict[str, Any]:
+    """As `plain`, but only what is not at its default.
+
+    >>> @dataclasses.dataclass
+    ... class Sparse:
+    ...     density: float
+    ...     seed: int = 0
+    ...     layers: tuple[str, ...] = ()
+    >>> changed(Sparse(0.1, layers=("q_proj",)))
+    {'density': 0.1, 'layers': ['q_proj']}
+    """
+    return {
+        f.name: _plain(value) for f in dataclasses.fields(options) if (value := getattr(options, f.name)) != _default(f)
+    }
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)

@@ -13,7 +13,7 @@ from .agreement import common
 from .checkpoint import ITEMSIZE, TensorInfo
 from .combine import Truncated, WeightedSum
 from .errors import ConfigError, NotMergeable
-from .format import Contents, Planned, Shaped, SiteContents
+from .format import Contents, Planned, Shaped, SiteContents, is_floating
 from .protocol import Method
 from .registry import registry
 from .source import DEFAULT, Held, Source, Stored
@@ -33,6 +33,8 @@ class Plan:
     """What is to be computed."""
     verbatim: Stored | Held | None
     """The one adapter whose own tensors are written as they are."""
+    recast: Stored | Held | None = None
+    """The one adapter whose own tensors are written in `dtype`, for they alone do not give its delta."""
 
     @property
     def nbytes(self) -> int:
@@ -44,12 +46,15 @@ def plan(source: WeightedSum, *, dtype: str | None = None, any_base: bool = Fals
     """How `source` would be written. Raises `NotMergeable` where its parts contradict each other."""
     shared = common(source.contents, any_base=any_base, keep=keep)
     source = _storing(source, ITEMSIZE[dtype or widest(source)], _nbytes(shared.kept.values()))
-    whole = _verbatim(source)
-    if whole is not None and (dtype is None or {t.dtype for t in _numbers(whole.own)} == {dtype}):
+    whole = _one_adapter(source)
+    as_it_is = whole is not None and (dtype is None or {t.dtype for t in _numbers(whole.own)} == {dtype})
+    if whole is not None and (as_it_is or not _has_delta(whole.own.method)):
         outlines = {name: whole.own.method.at(name).outline(part.shapes) for name, part in whole.own.sites.items()}
         ranks = {name: outline.rank for name, outline in outlines.items() if outline.rank is not None}
         own = replace(shared, sites=whole.own.sites, shared=whole.own.shared, method=whole.own.method)
-        return Plan(own, ranks, 1.0, dtype or widest(source), source, whole)
+        if as_it_is or dtype is None:
+            return Plan(own, ranks, 1.0, dtype or widest(source), source, whole)
+        return Plan(_cast(own, dtype), ranks, 1.0, dtype, source, None, whole)
     dtype = dtype or widest(source)
     extents = {name: source.extent(name) for name in source.sites}
     ranks = {name: extent.rank for name, extent in extents.items() if extent.rank > 0}
@@ -100,7 +105,8 @@ def carrier() -> type[Method]:
     return method
 
 
-def _verbatim(source: WeightedSum) -> Stored | Held | None:
+def _one_adapter(source: WeightedSum) -> Stored | Held | None:
+    """The adapter that `source` is, unchanged, if its own tensors have a place in a file."""
     weight, only = source.terms[0]
     if len(source.terms) > 1 or weight != 1.0 or not isinstance(only, (Stored, Held)):
         return None
@@ -109,6 +115,21 @@ def _verbatim(source: WeightedSum) -> Stored | Held | None:
         return None
     known = {name for names in method.peft_keys().values() for name in names}
     return only if all(part.tensors.keys() <= known for part in only.sites.values()) else None
+
+
+def _has_delta(method: Method) -> bool:
+    """Whether the tensors alone give ΔW."""
+    return method.defines("delta") and not method.reads_weight
+
+
+def _cast(own: Contents, dtype: str) -> Contents:
+    """The same adapter with its floating-point tensors in `dtype`."""
+
+    def planned(tensors: Mapping[str, Shaped]) -> dict[str, Planned]:
+        return {k: Planned(dtype if is_floating(t) else t.dtype, t.shape) for k, t in tensors.items()}
+
+    sites = {name: replace(part, tensors=planned(part.tensors)) for name, part in own.sites.items()}
+    return replace(own, sites=sites, shared=planned(own.shared))
 
 
 def _storing(source: WeightedSum, itemsize: int, reserved: int) -> WeightedSum:

@@ -72,7 +72,7 @@ class Method:
     carries_low_rank: ClassVar[bool] = False
     """Whether `carry` and `factors` can hold any low-rank delta: what results of arithmetic are saved as."""
     peft_type: ClassVar[str | None] = None
-    """PEFT's name for the method in `adapter_config.json`, if PEFT has it."""
+    """The name in `adapter_config.json`: PEFT's, or one of the plugin's own; None if the delta is what is saved."""
     peft_joined: ClassVar[str | None] = None
     """The config's entry with the number of sites, where a file has one tensor for all of them, side by side."""
 

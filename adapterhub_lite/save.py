@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from . import algebra, options
+from . import algebra, options, recast
 from ._version import __version__
 from .checkpoint import torch_dtype
 from .combine import Truncated, WeightedSum, each
 from .delta import LowRank
 from .errors import AdapterError, ConfigError, NotMergeable
-from .format import Writer
+from .format import Writer, is_floating
 from .plan import Plan, plan
 from .protocol import Method, Params
 from .registry import registry
@@ -34,6 +34,11 @@ class RelativeError:
 
     overall: float
     modules: Mapping[str, float]
+    of: Literal["delta", "tensors"] = "delta"
+    """What it is the error of: ΔW, or the stored tensors, where they alone do not give ΔW and no model is at hand.
+
+    The error of ΔW may then be far larger, for a tensor need not be small where ΔW is.
+    """
 
     def __float__(self) -> float:
         return self.overall
@@ -41,7 +46,8 @@ class RelativeError:
     def plain(self) -> dict[str, Any]:
         """As JSON can carry it: None where it is infinite, for the exact value is zero and the stored is not."""
         overall, *modules = (x if math.isfinite(x) else None for x in (self.overall, *self.modules.values()))
-        return {"overall": overall, "modules": dict(zip(self.modules, modules, strict=True))}
+        plain = {"overall": overall, "modules": dict(zip(self.modules, modules, strict=True))}
+        return plain if self.of == "delta" else {**plain, "of": self.of}
 
 
 def save(
@@ -66,7 +72,7 @@ def save(
         return own.recognises(folder) and not any(path.is_dir() for path in folder.iterdir())
 
     facts: dict[str, Any] = {"version": __version__, "recipe": source.recipe()}
-    longest = {"overall": LONG_FLOAT, "modules": dict.fromkeys(source.sites, LONG_FLOAT)}
+    longest = RelativeError(LONG_FLOAT, dict.fromkeys(source.sites, LONG_FLOAT), of="tensors").plain()
     while True:
         try:
             with staged(out, force=force, replaceable=replaceable) as folder:  # first: a refused OUT costs no work
@@ -104,6 +110,15 @@ def measure(source: WeightedSum, *, dtype: str | None = None) -> RelativeError:
             return error
 
 
+class Loss(NamedTuple):
+    """‖stored − exact‖² and ‖exact‖² at one site."""
+
+    delta: tuple[float, float] | None
+    """Of ΔW; None if it is not known."""
+    tensors: tuple[float, float] = (0.0, 0.0)
+    """Of the tensors that are stored, those that it shares with others among them."""
+
+
 class _TooCoarse(Exception):  # a signal to try again, not an error
     def __init__(self, error: RelativeError) -> None:
         self.error = error
@@ -137,33 +152,61 @@ def _tightened(source: WeightedSum, error: RelativeError, dtype: str) -> Weighte
 
 def _write(planned: Plan, writer: Writer | None, progress: Callable[[int, int], None]) -> RelativeError:
     """Compute and write every site; with no writer, only measure."""
-    source, whole = planned.source, planned.verbatim
-    total = len(source.sites)
+    source, whole, total = planned.source, planned.verbatim, len(planned.source.sites)
 
-    def job(name: str) -> tuple[float, float]:
+    def job(name: str) -> Loss:
         if whole is not None:
             if writer is not None:
                 for key, tensor in whole.saved(name).items():
                     writer.write(name, key, tensor)
-            return 0.0, 1.0
-        return _one_site(source, planned, writer, name)
+            return Loss((0.0, 1.0))
+        return Loss(_one_site(source, planned, writer, name))
 
     if writer is not None:
         for key, info in planned.contents.kept.items():
-            writer.keep(key, read(info) if info.dtype.startswith(("F", "BF")) else info.read())
+            writer.keep(key, read(info) if is_floating(info) else info.read())
         for key, tensor in whole.saved_shared().items() if whole is not None else ():
             writer.share(key, tensor)
-    squares: dict[str, tuple[float, float]] = {}
+    losses: dict[str, Loss] = {}
     try:
-        for done, (name, result) in enumerate(each(source.sites, job), 1):
-            squares[name] = result
+        results = each(source.sites, job) if planned.recast is None else _recast(planned, writer)
+        for done, (name, loss) in enumerate(results, 1):
+            losses[name] = loss
             progress(done, total)
-        lost, size = (math.fsum(s[i] for s in squares.values()) for i in (0, 1))
+        return _relative(losses)
     except OverflowError:
         raise NotMergeable(
             "the numbers are too large to measure", fix="look for a weight or an alpha that is"
         ) from None
-    return RelativeError(_ratio(lost, size), {name: _ratio(*s) for name, s in squares.items()})
+
+
+def _relative(losses: Mapping[str, Loss]) -> RelativeError:
+    deltas = {name: loss.delta for name, loss in losses.items() if loss.delta is not None}
+    tensors = {name: loss.tensors for name, loss in losses.items()}
+    known = len(deltas) == len(losses)
+    if not known and all(lost == 0 for lost, _ in tensors.values()):
+        return RelativeError(0.0, dict.fromkeys(tensors, 0.0))  # the same numbers have the same ΔW
+    squares = deltas if known else tensors
+    lost, size = (math.fsum(s[i] for s in squares.values()) for i in (0, 1))
+    modules = {name: _ratio(*s) for name, s in squares.items()}
+    return RelativeError(_ratio(lost, size), modules, "delta" if known else "tensors")
+
+
+def _recast(planned: Plan, writer: Writer | None) -> Iterator[tuple[str, Loss]]:
+    """Write one adapter's own tensors in another dtype; one site at a time, for what is measured may be large."""
+    own, contents = planned.recast, planned.contents
+    assert own is not None
+    shared, of_shared = recast.cast(own.saved_shared(), contents.shared, "the shared")
+    if writer is not None:
+        for key, tensor in shared.items():
+            writer.share(key, tensor)
+    for name, part in contents.sites.items():
+        stored, of_tensors = recast.cast(own.saved(name), part.tensors, f"at {name!r}")
+        if writer is not None:
+            for key, tensor in stored.items():
+                writer.write(name, key, tensor)
+        with_shared = (of_tensors[0] + of_shared[0], of_tensors[1] + of_shared[1])
+        yield name, Loss(recast.measured(own, name, Params(stored), shared), with_shared)
 
 
 def _one_site(source: WeightedSum, planned: Plan, writer: Writer | None, name: str) -> tuple[float, float]:

@@ -120,6 +120,11 @@ class Single(ABC):
                 f"{self.name}: what a {self.own.method.name!r} adapter adds depends on the base weights",
                 fix="merge it into the model instead, with adapters.load() and adapters.merge()",
             )
+        if not self.own.method.defines("delta"):
+            raise NotMergeable(
+                f"{self.name}: a {self.own.method.name!r} adapter is no change of weights, so it has no sums",
+                fix="weigh adapters on a live model, with adapters.load() and adapters.activate()",
+            )
         self._check_known(site)
         outline = self.own.method.at(site).outline(self.own.sites[site].shapes)
         shape = self.own.sites[site].shape
@@ -226,11 +231,11 @@ def stored(ref: str | Path) -> Stored:
 
 
 def _recognise(folder: Path, found: Registry) -> Format:
-    usual = found.format(DEFAULT)  # nearly always: no other plugin is imported then
-    if usual.recognises(folder):
-        return usual
+    usual = found.format(DEFAULT)
+    if usual.recognises(folder) and all(file.is_file() for file in usual.files(folder)):
+        return usual  # nearly always: no other plugin is imported then
     formats = found.formats()
-    for own in formats.values():
+    for own in (*(other for other in formats.values() if other.name != DEFAULT), usual):
         if own.recognises(folder):
             return own
     raise FileError("is not an adapter folder", where=folder, fix=f"formats that are read: {', '.join(formats)}")

@@ -33,7 +33,7 @@ from pictures import PICTURES  # noqa: E402
 
 sys.path.remove(str(PAGES))
 
-SIZES = {"d": 40, "k": 96, "r": 8}
+SIZES = {"d": 40, "k": 96, "r": 8, "m": 5}
 # The flow of a picture, by its caption, and the method with the options under which a layer computes it.
 RANK: dict[str, Any] = {"rank": SIZES["r"]}
 LAYERS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
@@ -44,12 +44,14 @@ LAYERS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("vera", ""): ("vera", RANK),
     ("delta_lora", ""): ("delta_lora", RANK),
     ("dora", ""): ("dora", RANK),
+    ("bottleneck", "behind a block"): ("bottleneck", {"bottleneck_size": 5}),
+    ("bottleneck", "beside it"): ("bottleneck", {"bottleneck_size": 5, "placement": "parallel"}),
     ("ia3", "keys and values"): ("ia3", {}),
     ("ia3", "the second layer of a feed-forward block"): ("ia3", {"feedforward": ("0",)}),
 }
 
-# Flows that are of no single layer, as a prompt's would be: nothing is measured there.
-ELSEWHERE: set[tuple[str, str]] = {("prompt_tuning", "")}
+# Flows that are of no linear layer: nothing is measured there.
+ELSEWHERE: set[tuple[str, str]] = {("bottleneck", "around a norm, whose input is x"), ("prompt_tuning", "")}
 
 
 def page(name: str) -> str:

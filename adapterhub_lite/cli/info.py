@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +12,9 @@ from ..checkpoint import ITEMSIZE
 from ..errors import printable
 from ..source import Stored, stored
 from .output import print_json, size, table
+
+if TYPE_CHECKING:
+    from ..protocol import Method
 
 LONGEST = 1000  # characters of one line
 DEEPEST = 8  # sums in sums that are written out
@@ -22,18 +26,20 @@ DEEPEST = 8  # sums in sums that are written out
 @click.option("-v", "--verbose", is_flag=True, help="Show every module.")
 def info(ref: str, as_json: bool, verbose: bool) -> None:
     """Show what the adapter in folder REF is; its tensors are not read."""
-    report = describe(stored(ref))
+    adapter = stored(ref)
+    report = describe(adapter)
     if as_json:
         print_json(report)
         return
     modules = report["modules"]
     ranks = sorted({m["rank"] for m in modules.values() if m["rank"] is not None})
-    scales = sorted({m["scaling"] for m in modules.values()})
+    scales = sorted({m["scaling"] for m in modules.values() if m["scaling"] is not None})
     lines = [
         ("method", report["method"]),
         ("base model", report["base_model"] or "not named"),
         ("rank", _span(ranks)),
         ("scaling", _span(scales)),
+        *([("options", said)] if (said := _options(adapter.own.method)) else []),
         ("modules", f"{len(modules)}: {', '.join(report['suffixes'])}"),
         ("parameters", f"{report['parameters']:,} ({', '.join(report['dtypes'])})"),
         ("size", size(report["bytes"])),
@@ -41,14 +47,15 @@ def info(ref: str, as_json: bool, verbose: bool) -> None:
     if report["kept"]:
         lines.append(("kept values", ", ".join(report["kept"])))
     if report["error"] is not None:
-        lines.append(("error", f"{report['error']:.3g} (relative, when it was made)"))
+        of = "of the stored tensors, " if report["error_of"] == "tensors" else ""
+        lines.append(("error", f"{report['error']:.3g} (relative, {of}when it was made)"))
     if report["recipe"] is not None:
         lines.append(("made by", _formula(report["recipe"])))
     width = max(len(name) for name, _ in lines)
     click.echo("\n".join(f"{name.ljust(width)}  {_shown(value)}" for name, value in lines))
     if verbose:
         rows = [
-            (printable(name), m["kind"], "×".join(map(str, m["shape"])), str(m["rank"]), f"{m['scaling']:g}")
+            (printable(name), m["kind"], _shape(m["shape"]), _told(m["rank"]), _told(m["scaling"]))
             for name, m in modules.items()
         ]
         click.echo(table(rows, ("module", "layer", "out×in", "rank", "scaling"), right=(3, 4)))
@@ -60,17 +67,19 @@ def describe(adapter: Stored) -> dict[str, Any]:
     tensors = [t for part in own.sites.values() for t in part.tensors.values()]
     modules = {}
     for name, part in own.sites.items():
-        outline = own.method.at(name).outline(part.shapes)
+        here = own.method.at(name)
+        outline = here.outline(part.shapes)
         modules[name] = {
             "kind": part.kind,
             "shape": list(part.shape),
-            "rank": outline.rank,
-            "scaling": outline.scale,
+            "rank": _rank(here) if outline.rank is None else outline.rank,
+            "scaling": None if outline.rank is None else outline.scale,
             "parameters": sum(t.numel for t in part.tensors.values()),
         }
     recipe = own.facts.get("recipe")
     error = own.facts.get("error")
-    overall = error.get("overall") if isinstance(error, dict) else None
+    overall, of = (error.get("overall"), error.get("of", "delta")) if isinstance(error, dict) else (None, None)
+    known = isinstance(overall, float) or overall == 0
     return {
         "method": own.method.name,
         "config": options.plain(own.method),
@@ -84,14 +93,35 @@ def describe(adapter: Stored) -> dict[str, Any]:
         "dtypes": sorted({t.dtype for t in tensors}),
         "kept": sorted(own.kept),
         "recipe": recipe if isinstance(recipe, dict) else None,
-        "error": overall if isinstance(overall, float) or overall == 0 else None,
+        "error": overall if known else None,
+        "error_of": of if known and of in ("delta", "tensors") else None,
     }
+
+
+def _rank(method: Method) -> int | None:
+    """What the options say of the rank, for ΔW is not known from the file."""
+    rank = getattr(method, "rank", None)
+    return rank if isinstance(rank, int) else None
+
+
+def _options(method: Method) -> str:
+    """What is not at its default; the rank has a line of its own."""
+    changed = {name: value for name, value in options.changed(method).items() if name != "rank"}
+    return ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in changed.items())
+
+
+def _shape(shape: list[int]) -> str:
+    return "×".join("?" if n == -1 else str(n) for n in shape)
 
 
 def _span(values: list[Any]) -> str:
     if not values:
         return "-"
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _told(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
 
 
 def _shown(value: Any) -> str:

@@ -177,31 +177,40 @@ def _report(
     }
     if error is not None:
         plain = error.plain()
-        report["error"] = plain["overall"]
+        report["error"], report["error_of"] = plain["overall"], error.of
         for name, own in plain["modules"].items():
             modules.setdefault(name, {"rank": 0})["error"] = own
     return report
 
 
 def _summary(planned: Plan, did: str, out: Path | None) -> str:
-    ranks = sorted(planned.ranks.values()) or [0]  # no ranks: one adapter, of a method that has none
-    span = f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
-    lines = [
-        f"{did} {out or 'an adapter'}: {planned.contents.method.name}, {span}, {len(planned.contents.sites)} modules, "
-        f"{planned.dtype}, {size(planned.nbytes)}"
-    ]
+    said = [planned.contents.method.name, *_span(planned), f"{len(planned.contents.sites)} modules", planned.dtype]
+    lines = [f"{did} {out or 'an adapter'}: {', '.join(said)}, {size(planned.nbytes)}"]
     if planned.contents.kept:
         lines.append(f"kept as they are: {', '.join(map(printable, sorted(planned.contents.kept)))}")
     return "\n".join(lines)
 
 
+def _span(planned: Plan) -> list[str]:
+    ranks = sorted(planned.ranks.values())
+    if not ranks:  # one adapter, of a method that has none
+        return []
+    return [f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"]
+
+
 def _errors(planned: Plan, error: RelativeError, verbose: bool) -> str:
-    lines = [f"relative error {error.overall:.3g} (Frobenius norm of ΔW, with the rounding to {planned.dtype})"]
+    if error.of == "delta":
+        what = f"Frobenius norm of ΔW, with the rounding to {planned.dtype}"
+    else:
+        what = f"of the stored tensors, rounded to {planned.dtype}; what they do to the model may be off by more"
+    lines = [f"relative error {error.overall:.3g} ({what})"]
     worst = sorted(error.modules.items(), key=lambda item: (-item[1], item[0]))
     if error.overall == 0:
-        return "exact: every stored factor has the input's bits" if not verbose else lines[0]
+        what = "factor has the input's bits" if planned.recast is None else "number is the input's"
+        return f"exact: every stored {what}" if not verbose else lines[0]
     shown = sorted(worst) if verbose else worst[:WORST]
-    rows = [(printable(name), str(planned.ranks.get(name, 0)), f"{own:.3g}") for name, own in shown]
+    without = 0 if planned.recast is None else "-"
+    rows = [(printable(name), str(planned.ranks.get(name, without)), f"{own:.3g}") for name, own in shown]
     lines.append(table(rows, ("module", "rank", "error"), right=(1, 2)))
     if len(shown) < len(worst):
         lines.append(f"… and {len(worst) - len(shown)} modules with smaller errors (-v shows all)")

@@ -133,6 +133,8 @@ class Adapters:
     ) -> RelativeError:
         """Write adapter `name` to the folder `out`; `dtype`, `force` and the result are those of `Adapter.save`.
 
+        With the layers at hand, the error of another `dtype` is that of ΔW for every method that can be merged.
+
         A sketch of the base goes with it, some of the values that it was trained on, so that it is not loaded on
         another model. On a sharded model every process must call it, for the tensors are gathered.
         """

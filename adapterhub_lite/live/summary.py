@@ -27,7 +27,7 @@ class Summary:
     """Adapter parameters that are not trained now."""
     frozen_bytes: int
     adapted: int
-    """Weights of the adapted layers: what full fine-tuning of the same layers would train."""
+    """Weights of the adapted layers, and all there is in adapted blocks: what fine-tuning of the same would train."""
     layers: int
     """The number of adapted layers."""
 
@@ -74,7 +74,7 @@ def summary(model: nn.Module) -> Summary:
     }
     trained = [p for p in (*base, *ours.values()) if p.requires_grad]
     frozen = [p for p in ours.values() if not p.requires_grad]
-    weights = {id(w): w for module, _ in slots(model) if (w := module._parameters.get("weight")) is not None}
+    weights = {id(w): w for module, _ in slots(model) for w in _weights(module) if id(w) not in ours}
     return Summary(
         base=_count(base),
         base_bytes=_bytes(base),
@@ -85,6 +85,11 @@ def summary(model: nn.Module) -> Summary:
         adapted=_count(weights.values()),
         layers=len(slots(model)),
     )
+
+
+def _weights(module: nn.Module) -> Iterable[Tensor]:
+    weight = module._parameters.get("weight")
+    return module.parameters() if weight is None else (weight,)
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

@@ -17,13 +17,13 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import ConfigError
 from ..protocol import Method, Params
+from ..site import SLOT as SLOT
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from ..site import Site
 
-SLOT = "adapters"  # the submodule of an adapted layer, and of the model
 STATE = "_adapters_state"  # the attribute of the model
 
 

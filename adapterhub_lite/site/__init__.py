@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from ..delta import Delta
 
+SLOT = "adapters"  # the submodule of a layer that has adapters: no part of the base
+
 
 @dataclass(frozen=True, eq=False)
 class Site:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, NotMergeable
 from ..hookspecs import hookimpl
-from . import Site
+from . import SLOT, Site
 from .embedding import EmbeddingSite
 from .linear import LinearSite, TransposedLinearSite
 
@@ -19,7 +19,8 @@ LAYERS: tuple[type[Site], ...] = (LinearSite, TransposedLinearSite, EmbeddingSit
 class BlockSite(Site):
     """Any module that gives hidden states (…, width): as a tensor, or first in a tuple or a mapping.
 
-    Its widths are those of the first and last layers inside, in the order in which they were registered.
+    Its widths are those of the first and last layers inside, in the order in which they were registered; an embedding
+    counts where there is nothing else.
     """
 
     kind = "block"
@@ -31,14 +32,19 @@ class BlockSite(Site):
 
     @classmethod
     def check(cls, name: str, module: nn.Module) -> None:
-        for tensor in module.parameters():
-            if tensor.is_meta:
-                raise ConfigError("the block has no values yet", where=name, fix="load the model first")
+        values = _values(module)
+        if not values:
+            raise ConfigError(
+                "has no floating point values to tell its dtype", where=name, fix="target a block around it"
+            )
+        if any(tensor.is_meta for tensor in values):
+            raise ConfigError("the block has no values yet", where=name, fix="load the model first")
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> Site:
-        shapes = [_shape(layer) for layer in module.modules()]
-        known = [shape for shape in shapes if shape is not None]
+        layers = [layer for layer in module.modules() if _shape(layer) is not None]
+        others = [layer for layer in layers if not EmbeddingSite.accepts(layer)]  # T5's attention has one for distances
+        known = [shape for layer in others or layers if (shape := _shape(layer)) is not None]
         if not known:
             raise ConfigError("has no layer that tells how wide its output is", where=name, fix="target one that has")
         return cls(name, (known[-1][0], known[0][1]), module)
@@ -58,13 +64,12 @@ class BlockSite(Site):
 
     @property
     def like(self) -> Tensor:
-        return next(p for p in self._live().parameters() if p.is_floating_point())
+        return _values(self._live())[0]
 
     @property
     def sample(self) -> Tensor:
-        # A layer's own parameters come before those of its adapters.
-        found = [p.detach() for p in self._live().parameters() if p.is_floating_point()]
-        first = next((p for p in found if p.ndim > 1), found[0])
+        found = _values(self._live())
+        first = next((p for p in found if p.ndim > 1), found[0]).detach()
         return first.reshape(len(first), -1)
 
     def hidden(self, out: Any) -> Tensor:
@@ -76,6 +81,11 @@ class BlockSite(Site):
             rest = (hidden, *out[1:])
             return type(out)(*rest) if hasattr(out, "_fields") else rest
         return type(out)({**out, next(iter(out)): hidden})  # transformers' ModelOutput is one
+
+
+def _values(module: nn.Module) -> list[nn.Parameter]:
+    """The floating point parameters inside, but for those of adapters."""
+    return [p for name, p in module.named_parameters() if p.is_floating_point() and SLOT not in name.split(".")]
 
 
 def _shape(layer: nn.Module) -> tuple[int, int] | None:

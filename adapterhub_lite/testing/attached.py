@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError, NotMergeable
 from ..live import adapt
 from ..protocol import Method
+from ..registry import registry
 from .capability import has_merge
 from .check import CheckFailed, CheckSkipped, check, require, within
 from .weights import EXACT
@@ -244,12 +245,16 @@ class Unknown(nn.Module):
 @check()
 def unsupported_layers_are_refused(method: Method) -> str:
     """A layer of an unknown kind, or of one that it does not claim, is refused by name, and the model left alone."""
-    models: dict[str, nn.Module] = {"unknown": nn.Sequential(Unknown())}
+    models: dict[str, tuple[nn.Module, str]] = {"unknown": (nn.Sequential(Unknown()), "0")}
+    known = registry().site_kinds()
+    claimed = [known[kind] for kind in method.site_kinds if kind in known]
     for kind, example in EXAMPLES.items():
-        if example.available and kind not in set(method.site_kinds):
-            models[kind] = example.model(torch.float32)
-    for kind, model in models.items():
-        target = next(name for name, module in model.named_modules() if name and hasattr(module, "weight"))
+        if example.available:
+            model = example.model(torch.float32)
+            target = next(iter(example.sites(model)))
+            if not any(own.accepts(model.get_submodule(target)) for own in claimed):
+                models[kind] = model, target
+    for kind, (model, target) in models.items():
         before = bits(model.state_dict())
         try:
             adapt(model).add("a", method, targets=[target])

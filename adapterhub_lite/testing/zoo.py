@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,35 @@ class Lookup(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
         y: Tensor = torch.tanh(self.first(ids)) * self.second(positions)
+        return y
+
+
+class Block(nn.Module):
+    """Two layers, behind a norm if `norm`; gives a tensor, or a tuple whose first element it is if `more`."""
+
+    def __init__(self, into: int, inner: int, out: int, *, norm: bool = False, more: bool = False) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(into, inner), nn.Linear(inner, out, bias=norm)
+        self.norm = nn.LayerNorm(out) if norm else nn.Identity()
+        self.more = more
+
+    def forward(self, hidden: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        inside = torch.tanh(self.up(hidden))
+        y: Tensor = self.norm(self.down(inside))
+        return (y, inside) if self.more else y
+
+
+class Blocks(nn.Module):
+    """Three blocks, one of them called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(12, 20, 40), Block(40, 16, 36, more=True)
+        self.third = Block(36, 14, 56, norm=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, _ = self.second(hidden=torch.tanh(self.first(x)))
+        y: Tensor = self.third(torch.tanh(hidden))
         return y
 
 
@@ -125,9 +154,10 @@ class Example:
         return x.bfloat16().to(dtype) if x.is_floating_point() else x
 
     def sites(self, model: nn.Module) -> dict[str, Site]:
-        """The layers to adapt."""
+        """The layers to adapt; of a kind that takes modules of any class, those right below the model."""
         kind = registry().site_kinds()[self.kind]
-        return {name: kind.of(name, module) for name, module in model.named_modules() if kind.accepts(module)}
+        modules = model.named_children() if kind.general else model.named_modules()
+        return {name: kind.of(name, module) for name, module in modules if kind.accepts(module)}
 
 
 EXAMPLES = {
@@ -139,6 +169,7 @@ EXAMPLES = {
         Example("conv2d", _conv2d, _normal(2, 3, 5, 9)),
         Example("conv3d", _conv3d, _normal(2, 2, 3, 7, 5)),
         Example("embedding", Lookup, _ids),
+        Example("block", Blocks, _normal(3, 5, 12)),
     )
 }
 
@@ -170,6 +201,8 @@ def untried(method: Method, kind: str) -> str | None:
 
 def described(site: Site) -> str:
     """The layer in a few words: kind, shape of its weight, whether it has a bias."""
+    if site.general:
+        return f"{site.kind} {'×'.join(map(str, site.shape))}"
     bias = " with bias" if site.bias is not None else " without bias" if hasattr(site.module, "bias") else ""
     return f"{site.kind} {'×'.join(map(str, site.weight_shape))}{bias}"
 
@@ -214,8 +247,8 @@ class Cell:
 
     def base(self, x: Tensor) -> Tensor:
         """The base's output; its weights take no part in gradients."""
-        y: Tensor = functional_call(self.module, {n: t.detach() for n, t in self.module.named_parameters()}, x)
-        return y
+        out = functional_call(self.module, {n: t.detach() for n, t in self.module.named_parameters()}, x)
+        return self.site.hidden(out)
 
     def delta(self) -> Delta:
         return self.method.delta(self.p, self.site)
@@ -317,7 +350,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def _watch(site: Site, seen: dict[str, tuple[Tensor, Tensor]]) -> torch.utils.hooks.RemovableHandle:
     assert site.module is not None
 
-    def keep(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        seen[site.name] = args[0].clone(), out.clone()  # no views: a rule may be one that writes into them
+    def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Any) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        seen[site.name] = x.clone(), site.hidden(out).clone()  # no views: a rule may be one that writes into them
 
-    return site.module.register_forward_hook(keep)
+    return site.module.register_forward_hook(keep, with_kwargs=True)

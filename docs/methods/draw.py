@@ -4,12 +4,13 @@ The vocabulary: an input flows from left to right through a tuple of parts.
 
 - `Matrix` multiplies it; its height at either side stands for the width of what goes in and comes out.
 - `Vector` and `Scalar` meet it at a circle with a symbol: "⊙", "+", "×", or "‖" for what is put beside it.
-- `Sum` sends it through several flows, one below the other, and adds up what comes out.
+- `Function` is applied to it, and has nothing to train: a nonlinearity, or a part of the base, which is then grey.
+- `Sum` sends it through several flows, one below the other, and adds up what comes out; an empty flow is a mere line.
 - `KEPT` marks the next edge: what flows there is kept for the backward pass.
 
 A name may have an index of one character: "B_K". Sizes are letters: k is the width of a layer's input, d of its output,
-r the rank. Nothing is placed by hand. A new symbol is a line in `SIGNS`; a new part is a class with a `size` and a
-`draw`, as those here, and a place in `Part`.
+r the rank, m the width of a bottleneck. Nothing is placed by hand. A new symbol is a line in `SIGNS`; a new part is a
+class with a `size` and a `draw`, as those here, and a place in `Part`.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
 
-TRAINED, FROZEN, RANDOM, COMPUTED = KINDS = (
+TRAINED, FROZEN, RANDOM, COMPUTED, PLAIN = KINDS = (
     "trained",
     "of the base, frozen",
     "random, frozen",
     "computed, without gradient",
+    "a function",
 )
-FILL = {TRAINED: "#ffb454", FROZEN: "#d0d7de", RANDOM: "url(#random)", COMPUTED: "#ffffff"}
-STROKE = {TRAINED: "#9a4b00", FROZEN: "#57606a", RANDOM: "#57606a", COMPUTED: "#57606a"}
+FILL = {TRAINED: "#ffb454", FROZEN: "#d0d7de", RANDOM: "url(#random)", COMPUTED: "#ffffff", PLAIN: "#ffffff"}
+STROKE = {TRAINED: "#9a4b00", FROZEN: "#57606a", RANDOM: "#57606a", COMPUTED: "#57606a", PLAIN: "#1f2328"}
 INK, PALE, PAPER = "#1f2328", "#57606a", "#ffffff"
 
 WIDE, NARROW = 64, 30  # heights of a matrix where k or d numbers, or fewer, go in or come out
@@ -128,6 +130,27 @@ class Scalar:
         return width
 
 
+@dataclass(frozen=True)
+class Function:
+    """What has nothing to train, and gives as many numbers as it takes."""
+
+    name: str
+    kind: str = PLAIN
+
+    HEIGHT = 32
+
+    @property
+    def size(self) -> tuple[float, float, float]:
+        return max(32, 10 * len(self.name) + 16), self.HEIGHT / 2, self.HEIGHT / 2
+
+    def draw(self, canvas: Canvas, x: float, y: float, width: str) -> str:
+        long, high = self.size[0], self.HEIGHT
+        path = f"M{x + 8:g} {y - high / 2:g}h{long - 16:g}a8 8 0 0 1 8 8v{high - 16}a8 8 0 0 1 -8 8h{16 - long:g}"
+        canvas.shape(f"{path}a8 8 0 0 1 -8 -8v{16 - high}a8 8 0 0 1 8 -8z", self.kind)
+        canvas.name(self.name, x + long / 2, y)
+        return width
+
+
 @dataclass(frozen=True, init=False)
 class Sum:
     """The sum of what several flows make of one input; the first stays on the line."""
@@ -165,7 +188,7 @@ class Sum:
         return out
 
 
-Part = Matrix | Vector | Scalar | Sum | _Kept
+Part = Matrix | Vector | Scalar | Function | Sum | _Kept
 Flow = tuple[Part, ...]
 
 
@@ -173,7 +196,7 @@ def extent(flow: Flow) -> tuple[float, float, float]:
     """Width, and height above and below the line, of a flow with an edge before and behind every part."""
     sizes = [part.size for part in flow if not isinstance(part, _Kept)]
     width = EDGE + sum(size[0] + EDGE for size in sizes)
-    return width, max(size[1] for size in sizes), max(size[2] for size in sizes)
+    return width, max((size[1] for size in sizes), default=0), max((size[2] for size in sizes), default=0)
 
 
 def draw_flow(
@@ -202,8 +225,8 @@ def draw_flow(
     return end, width
 
 
-def parts(flow: Flow) -> Iterator[Matrix | Vector | Scalar]:
-    """All that multiplies or adds, those within sums too."""
+def parts(flow: Flow) -> Iterator[Matrix | Vector | Scalar | Function]:
+    """All that does something by itself, what is within sums too."""
     for part in flow:
         if isinstance(part, Sum):
             for inner in part.flows:

@@ -7,11 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from draw import COMPUTED, FROZEN, KEPT, RANDOM, Matrix, Picture, Scalar, Sum, Vector
+from draw import COMPUTED, FROZEN, KEPT, RANDOM, Flow, Function, Matrix, Picture, Scalar, Sum, Vector
 
 W0 = Matrix("W₀", "d", "k", FROZEN)
 A, B, s = Matrix("A", "r", "k"), Matrix("B", "d", "r"), Scalar("s")
 
+
+def bottleneck(reads: str) -> Flow:
+    """D, σ and U, for hidden states of that width."""
+    down, up = Matrix("D", "m", reads), Matrix("U", "d", "m")
+    return (down, Vector("+", "b_D", "m"), Function("σ"), KEPT, up, Vector("+", "b_U", "d"), s)
+
+
+BLOCK = Matrix("block", "d", "k", FROZEN)
 PICTURES = {
     "lora": Picture(
         "LoRA: two trained matrices beside the frozen weight",
@@ -93,6 +101,19 @@ PICTURES = {
                 Vector("⊙", "m", "d"),
                 Vector("+", "b", "d", FROZEN),
             )
+        },
+    ),
+    "bottleneck": Picture(
+        "Bottleneck adapters: a small net behind a block, beside it, or around a norm",
+        "h + s U σ(D h)   or   y + s U σ(D x)   or   LN(z + s U σ(D LN(z)))",
+        {
+            "behind a block": (BLOCK, KEPT, Sum((), bottleneck("d"))),
+            "beside it": (KEPT, Sum((BLOCK,), bottleneck("k"))),
+            "around a norm, whose input is x": (
+                Sum((), (Function("LN", FROZEN), KEPT, *bottleneck("d"))),
+                KEPT,
+                Function("LN", FROZEN),
+            ),
         },
     ),
     "ia3": Picture(

@@ -29,7 +29,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             [sys.executable, here / "worker.py", request.param, out],
             env={
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+                "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path]),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": "2",

@@ -27,10 +27,14 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("vera", {"rank": 6}),
     ("dora", {"rank": 4}),
     ("ia3", {"feedforward": ("down_proj",)}),
+    ("bottleneck", {"reduction_factor": 4, "placement": "parallel", "scaling": "learned", "non_linearity": "gelu"}),
     ("prompt_tuning", {"num_virtual_tokens": 5}),
 )
 RATES = {"prompt_tuning": 0.3}  # the paper's, and a hundred times that of other methods
-TARGETS = {"decoder": "model", "attention": "self_attn"}  # of methods that adapt no linear layer
+TARGETS = {  # of methods that adapt no linear layer, by the kind that they do
+    "block": ["self_attn", "mlp"],  # one gives a tuple, the other a tensor
+    "decoder": ["model"],
+}
 every_method = pytest.mark.parametrize(
     "method", METHODS, ids=lambda m: "-".join([m[0], *(str(v) for v in m[1].values() if isinstance(v, str))])
 )
@@ -65,7 +69,7 @@ def adapted(method: tuple[str, dict[str, Any]], dtype: torch.dtype = torch.float
 def targets(method: tuple[str, dict[str, Any]]) -> Any:
     """All linear layers, for a method that adapts any."""
     kinds = ah.method(method[0]).site_kinds
-    return "all-linear" if "linear" in kinds else [name for kind, name in TARGETS.items() if kind in kinds]
+    return "all-linear" if "linear" in kinds else next(names for kind, names in TARGETS.items() if kind in kinds)
 
 
 def merges(method: tuple[str, dict[str, Any]]) -> bool:

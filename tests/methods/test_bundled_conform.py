@@ -23,6 +23,11 @@ m = ah.method
     m("ia3"),
     m("ia3", feedforward=("second",)),
     m("ia3", feedforward=("first", "third")),
+    m("bottleneck"),
+    m("bottleneck", reduction_factor=4, non_linearity="swish", init_weights="normal", ln_before=True),
+    m("bottleneck", bottleneck_size=7, placement="parallel", scaling=4.0, dropout=0.25),
+    m("bottleneck", placement="parallel", reduction_factor=3, scaling="learned", ln_after=True, non_linearity="gelu"),
+    m("bottleneck", reduction_factor=5, scaling="channel", init_weights="truncated_normal", std=0.1),
     m("prompt_tuning", num_virtual_tokens=3),
 )
 def test_conforms(method: Method, check: Check) -> None:
