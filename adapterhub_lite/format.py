@@ -58,6 +58,8 @@ class Contents:
 
     method: Method
     sites: Mapping[str, SiteContents]
+    numbered: bool = False
+    """Whether the file names no modules: the sites are called 0, 1, … in the order of the model's modules."""
     base: str | None = None
     """Name of the base model."""
     revision: str | None = None

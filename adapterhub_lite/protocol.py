@@ -65,12 +65,16 @@ class Method:
     """The kinds of layer it adapts."""
     reads_weight: ClassVar[bool] = False
     """Whether a rule looks at the base weight: such an adapter cannot be merged from files alone."""
+    wraps_call: ClassVar[bool] = False
+    """Whether `before` and `after` are its rules: then it is on alone at its layers, with weight 1."""
     exact_gradients: ClassVar[bool] = True
     """Whether gradients are the derivatives of `forward`; False where the paper holds a part of it constant."""
     carries_low_rank: ClassVar[bool] = False
     """Whether `carry` and `factors` can hold any low-rank delta: what results of arithmetic are saved as."""
     peft_type: ClassVar[str | None] = None
     """The name in `adapter_config.json`: PEFT's, or one of the plugin's own; None if the delta is what is saved."""
+    peft_joined: ClassVar[str | None] = None
+    """The config's entry with the number of sites, where a file has one tensor for all of them, side by side."""
 
     def __post_init__(self) -> None:
         options.validate(self, owner=f"method {self.name!r}")
@@ -153,6 +157,10 @@ class Method:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments that the layer is called with instead; `forward` then gets the x and y of that call."""
         return args, kwargs
+
+    def after(self, p: Params, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, site: Site) -> Any:
+        """What the layer gives instead of `out`, for the arguments that `before` made: `wraps_call` is to be true."""
+        return out
 
     def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """The adapted output, for the layer's input x and the base's output y."""

@@ -114,12 +114,25 @@ def measure(name: str | None) -> dict[str, float]:
     }
 
 
+def bundled() -> dict[str, type[ah.Method]]:
+    """The methods that are installed with the package."""
+    found = registry().methods()
+    return {name: cls for name, cls in found.items() if cls.__module__.startswith("adapterhub_lite_plugins")}
+
+
+def left_out() -> dict[str, str]:
+    """The methods that are not measured, and why: they declare that they adapt neither layers nor blocks nor norms."""
+    return {
+        name: f"adapts no single layer: {', '.join(sorted(cls.site_kinds))}"
+        for name, cls in bundled().items()
+        if not cls.site_kinds & {"linear", "block", "norm"}
+    }
+
+
 def everything() -> dict[str, dict[str, float]]:
-    """The figures of full fine-tuning and of every method that is installed with the package."""
-    bundled = [
-        name for name, cls in registry().methods().items() if cls.__module__.startswith("adapterhub_lite_plugins")
-    ]
-    return {name or "full fine-tuning": measure(name) for name in (None, *bundled)}
+    """The figures of full fine-tuning and of every bundled method that adapts layers."""
+    measured = [name for name in bundled() if name not in left_out()]
+    return {name or "full fine-tuning": measure(name) for name in (None, *measured)}
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
@@ -132,6 +145,7 @@ def table(found: dict[str, dict[str, float]]) -> str:
     for name, row in found.items():
         one, everywhere = row.values()
         lines.append(f"| {name} | {one:,.0f} | {everywhere:,.0f} | {everywhere / lora:.0%} |")
+    lines += [f"| {name} | {why} | – | – |" for name, why in left_out().items()]
     return "\n".join(lines)
 
 

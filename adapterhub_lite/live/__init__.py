@@ -173,7 +173,9 @@ class Adapters:
         output and yᵢ that with the i-th adapter.
         """
         self._refuse_merged("activate another adapter")
-        self._switch(self._weights(which))
+        weights = self._weights(which)
+        self._refuse_together(weights)
+        self._switch(weights)
 
     @contextmanager
     def using(self, which: str | Mapping[str, float] | None) -> Iterator[Adapters]:
@@ -256,7 +258,9 @@ class Adapters:
 
     def _switch(self, active: Mapping[str, float]) -> None:
         for _, slot in slots(self.model):
-            slot.steps = tuple(Step(slot.parts[name], w) for name, w in active.items() if name in slot.parts)
+            steps = tuple(Step(slot.parts[name], w) for name, w in active.items() if name in slot.parts)
+            slot.around = next((step for step in steps if step.part.method.wraps_call), None)
+            slot.steps = steps if slot.around is None else ()
             for name, part in slot.parts.items():
                 for tensor in part.trained:
                     part.get_parameter(tensor).requires_grad_(name in active)
@@ -269,6 +273,21 @@ class Adapters:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 raise ConfigError(f"the weight {weight!r} of {name!r} is not a finite number")
         return {name: float(weight) for name, weight in weights.items() if weight != 0}
+
+    def _refuse_together(self, weights: Mapping[str, float]) -> None:
+        """Raise for an adapter that wraps the call of its layers and is not alone there, or is weighed."""
+        for _, slot in slots(self.model):
+            here = [name for name in weights if name in slot.parts]
+            for name in here:
+                part = slot.parts[name]
+                if part.method.wraps_call and (len(here) > 1 or weights[name] != 1.0):
+                    other = next((other for other in here if other != name), None)
+                    raise ConfigError(
+                        f"{name!r} wraps the call of the layer (method {part.method.name!r}), so it cannot "
+                        + (f"have the weight {weights[name]:g}" if other is None else f"be on beside {other!r}"),
+                        where=part.site.name,
+                        fix="activate it alone, with weight 1",
+                    )
 
     def _known(self, name: str) -> Method:
         methods = self._state.methods

@@ -48,11 +48,11 @@ def read(model: nn.Module, value: Adapter, ref: object, *, any_base: bool) -> tu
     common = None if single is None else common_of(single.shared_at(sites), list(sites.values()))
     names: dict[str, list[str]] = {}
     parts = []
-    for site in sites.values():
+    for name, site in sites.items():
         here = method.at(site.name)
         if site.kind not in names:  # which are trained does not depend on which layer of a kind it is
             names[site.kind] = trained(here.init(site, generator(0, site.name)))
-        tensors = tensors_of(here, site)
+        tensors = tensors_of(here, site, name)
         parts.append(Part(here, site, tensors, names[site.kind], common))
     return method, parts, common
 
@@ -90,9 +90,10 @@ def _check_base(contents: Contents, sites: Mapping[str, Site], ref: object) -> N
 
 
 def _sites(model: nn.Module, contents: Contents, ref: object) -> dict[str, Site]:
-    """The live sites of an adapter that comes from elsewhere, in its order."""
+    """The live sites of an adapter that comes from elsewhere, by its own names and in its order."""
     modules = dict(base_modules(model))
-    if missing := [name for name in contents.sites if name not in modules]:
+    places = _counted(model, contents, ref) if contents.numbered else {name: name for name in contents.sites}
+    if missing := [name for name in places.values() if name not in modules]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UnknownName(
             f"adapts a module {missing[0]!r}{more}, which the model does not have",
@@ -102,7 +103,8 @@ def _sites(model: nn.Module, contents: Contents, ref: object) -> dict[str, Site]
             ),
         )
     sites = {}
-    for name, part in contents.sites.items():
+    for own, part in contents.sites.items():
+        name = places[own]
         here, there = site_of(model, name, contents.method), registry().site_kind(part.kind)
         # Files do not tell apart the kinds of linear layers, and their matrix forms are alike.
         if there.kind == here.kind:
@@ -116,8 +118,22 @@ def _sites(model: nn.Module, contents: Contents, ref: object) -> dict[str, Site]
                 where=ref,
                 fix="load it on the model that it was made for",
             )
-        sites[name] = here
+        sites[own] = here
     return sites
+
+
+def _counted(model: nn.Module, contents: Contents, ref: object) -> dict[str, str]:
+    """The model's modules for the sites of a file that names none: as many there must be, in the model's order."""
+    kinds = kinds_for(contents.method)
+    names = [name for name, module in base_modules(model) if kind_of(module, kinds)]
+    if len(names) != len(contents.sites):
+        raise FileError(
+            f"is for {len(contents.sites)} modules that {contents.method.name!r} adapts, and the model has "
+            f"{len(names)}",
+            where=ref,
+            fix="load it on the model that it was made for",
+        )
+    return dict(zip(contents.sites, names, strict=True))
 
 
 def _fits(told: Sequence[int], there: Sequence[int]) -> bool:
@@ -125,23 +141,23 @@ def _fits(told: Sequence[int], there: Sequence[int]) -> bool:
     return len(told) == len(there) and all(a in (b, -1) for a, b in zip(told, there, strict=True))
 
 
-TensorsOf = Callable[["Method", "Site"], Mapping[str, Tensor]]
+TensorsOf = Callable[["Method", "Site", str], Mapping[str, Tensor]]
 
 
 def _own(single: Single) -> TensorsOf:
-    """One adapter's tensors at a site, by the method as it holds there."""
-    return lambda method, site: method.unpack(single.saved(site.name), site)
+    """One adapter's tensors at a site, by the method as it holds there and the name that the adapter has for it."""
+    return lambda method, site, name: method.unpack(single.saved(name), site)
 
 
 def _summed(value: Adapter) -> tuple[Contents, TensorsOf]:
     """What a sum would be saved as, and its tensors at a site."""
     planned = value.plan()
 
-    def tensors(method: Method, site: Site) -> Mapping[str, Tensor]:
-        piece, scale = value.source.piece(site.name), planned.scale
+    def tensors(method: Method, site: Site, name: str) -> Mapping[str, Tensor]:
+        piece, scale = value.source.piece(name), planned.scale
         low = algebra.low_rank(piece.delta)
         factors = method.factors(LowRank(low.B.double() * (low.scale / scale), low.A, scale), piece.bias)
-        return {key: factors[key].reshape(t.shape) for key, t in planned.contents.sites[site.name].tensors.items()}
+        return {key: factors[key].reshape(t.shape) for key, t in planned.contents.sites[name].tensors.items()}
 
     return planned.contents, tensors
 

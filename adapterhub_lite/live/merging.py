@@ -23,6 +23,13 @@ def merge(model: nn.Module) -> None:
                 owners.setdefault(id(parameter), []).append(name)
     folds = []
     for module, slot in slots(model):
+        if slot.around is not None:
+            part = slot.around.part
+            raise NotMergeable(
+                f"method {part.method.name!r} wraps the call of the layer, which no weight can stand for",
+                where=part.site.name,
+                fix="leave the adapter unmerged",
+            )
         if slot.steps:
             site = slot.steps[0].part.site
             merged = {key: _rounded(site, module, key, m) for key, m in _matrices(site, slot.steps).items()}

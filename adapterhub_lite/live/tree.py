@@ -60,6 +60,9 @@ class Part(nn.Module):
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self.method.before(self.params(), args, kwargs, self.site)
 
+    def after(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        return self.method.after(self.params(), args, kwargs, out, self.site)
+
     def adapted(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output with this adapter alone, in the adapter's dtype, whatever that of x and y is."""
         own: Mapping[str, Tensor] = self._parameters  # type: ignore[assignment]  # none is None; a cast takes time
@@ -119,7 +122,8 @@ class Slot(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.steps: tuple[Step, ...] = ()
-        self.hooks: list[RemovableHandle] = []
+        self.around: Step | None = None  # instead of those: the one adapter that is on and wraps the call
+        self.hooks: dict[str, RemovableHandle] = {}
         self.originals: dict[str, Tensor | None] = {}  # of the layer's parameters, while merged; None: it had none
 
     @property
@@ -141,8 +145,15 @@ def before_hook(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The hook of layers with adapters that define `before`. Copies and pickles know it by its name, and the next."""
-    steps = cast("Slot", module._modules[SLOT]).steps
-    return steps[0].part.before(args, kwargs) if len(steps) == 1 and steps[0].weight == 1.0 else None
+    slot = cast("Slot", module._modules[SLOT])
+    alone = slot.steps[0] if len(slot.steps) == 1 and slot.steps[0].weight == 1.0 else slot.around
+    return None if alone is None else alone.part.before(args, kwargs)
+
+
+def after_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    """The hook of layers with adapters that wrap the call; it is given the arguments that `before` made."""
+    around = cast("Slot", module._modules[SLOT]).around
+    return None if around is None else around.part.after(args, kwargs, out)
 
 
 def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
@@ -231,9 +242,11 @@ def attach(part: Part, name: str) -> None:
         slot = Slot()
         module.add_module(SLOT, slot)
         # First in line: what other hooks see (FSDP's, a user's) is the adapted output.
-        slot.hooks = [module.register_forward_hook(forward_hook, prepend=True, with_kwargs=True)]
-    if part.method.defines("before") and len(slot.hooks) == 1:
-        slot.hooks.append(module.register_forward_pre_hook(before_hook, with_kwargs=True))
+        slot.hooks["forward"] = module.register_forward_hook(forward_hook, prepend=True, with_kwargs=True)
+    if part.method.defines("before") and "before" not in slot.hooks:
+        slot.hooks["before"] = module.register_forward_pre_hook(before_hook, with_kwargs=True)
+    if part.method.wraps_call and "after" not in slot.hooks:
+        slot.hooks["after"] = module.register_forward_hook(after_hook, prepend=True, with_kwargs=True)
     slot.add_module(name, part)
     slot.train(module.training)
 
@@ -242,7 +255,7 @@ def detach(module: nn.Module, slot: Slot, name: str) -> None:
     """Take the part `name` out, if there is one, and the slot and the hook with the last."""
     slot._modules.pop(name, None)
     if not slot.parts:
-        for hook in slot.hooks:
+        for hook in slot.hooks.values():
             hook.remove()
         del module._modules[SLOT]
 

@@ -3,7 +3,7 @@
 The vocabulary: an input flows from left to right through a tuple of parts.
 
 - `Matrix` multiplies it; its height at either side stands for the width of what goes in and comes out.
-- `Vector` and `Scalar` meet it at a circle with a symbol: "⊙", "+" or "×".
+- `Vector` and `Scalar` meet it at a circle with a symbol: "⊙", "+", "×", or "‖" for what is put beside it.
 - `Function` is applied to it, and has nothing to train: a nonlinearity, or a part of the base, which is then grey.
 - `Sum` sends it through several flows, one below the other, and adds up what comes out; an empty flow is a mere line.
 - `KEPT` marks the next edge: what flows there is kept for the backward pass.
@@ -35,7 +35,8 @@ BOX = 62  # the width of a matrix
 EDGE = 46  # an edge's shortest length
 CIRCLE = 11  # the radius of a circle
 LINE = 17  # from one line of text to the next
-SIGNS = {"+": "M-6 0H6M0 -6V6", "×": "M-4.5 -4.5L4.5 4.5M4.5 -4.5L-4.5 4.5"}  # lines within a circle; "⊙" is a dot
+# Lines within a circle; "⊙" is a dot.
+SIGNS = {"+": "M-6 0H6M0 -6V6", "×": "M-4.5 -4.5L4.5 4.5M4.5 -4.5L-4.5 4.5", "‖": "M-2.5 -5V5M2.5 -5V5"}
 ROW = 14  # between the flows of a sum
 MARGIN = 20
 DEFS = (

@@ -140,6 +140,19 @@ PICTURES = {
             ),
         },
     ),
+    "prompt_tuning": Picture(
+        "Prompt tuning: trained embeddings in front of those of the tokens",
+        "h = L([P; E x])",
+        {
+            "": (
+                Matrix("E", "d", "k", FROZEN, "tokens"),
+                KEPT,
+                Vector("‖", "P", "n × d", note="in front"),
+                Matrix("L", "d", "d", FROZEN, "all layers"),
+            )
+        },
+        note=("What comes out for P is dropped.",),
+    ),
 }
 
 if __name__ == "__main__":

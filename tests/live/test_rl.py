@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch.nn.functional import logsigmoid
-from toy import VOCABULARY, adapted, base_bits, every_method, fill, llama, moved, optimizer, tokens, trained
+from toy import VOCABULARY, adapted, base_bits, every_method, fill, llama, moved, optimizer, rate, tokens, trained
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
@@ -125,7 +125,7 @@ def test_dpo_against_the_base_itself(tmp_path: Path, method: Any) -> None:
     before, start = base_bits(model), trained(model)
     want = -logsigmoid(margins(model, llama())).mean().item()
     assert abs(want - torch.tensor(2.0).log().item()) > 1e-2
-    run = trainer(model, tmp_path, optimizer(adapters), twin)
+    run = trainer(model, tmp_path, optimizer(adapters, rate(method)), twin)
     run.train()
     losses = logged(run, "loss")
     assert losses[0] == pytest.approx(want, rel=1e-4)

@@ -29,8 +29,14 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ia3", {"feedforward": ("down_proj",)}),
     ("ln_tuning", {}),
     ("bottleneck", {"reduction_factor": 4, "placement": "parallel", "scaling": "learned", "non_linearity": "gelu"}),
+    ("prompt_tuning", {"num_virtual_tokens": 5}),
 )
-TARGETS = {"bottleneck": ["self_attn", "mlp"], "ln_tuning": "all"}  # the former gives a tuple; others: all-linear
+RATES = {"prompt_tuning": 0.3}  # the paper's, and a hundred times that of other methods
+TARGETS: dict[str, Any] = {  # of methods that adapt no linear layer, by the kind that they do
+    "block": ["self_attn", "mlp"],  # one gives a tuple, the other a tensor
+    "decoder": ["model"],
+    "norm": "all",
+}
 every_method = pytest.mark.parametrize(
     "method", METHODS, ids=lambda m: "-".join([m[0], *(str(v) for v in m[1].values() if isinstance(v, str))])
 )
@@ -63,7 +69,9 @@ def adapted(method: tuple[str, dict[str, Any]], dtype: torch.dtype = torch.float
 
 
 def targets(method: tuple[str, dict[str, Any]]) -> Any:
-    return TARGETS.get(method[0], "all-linear")
+    """All linear layers, for a method that adapts any."""
+    kinds = ah.method(method[0]).site_kinds
+    return "all-linear" if "linear" in kinds else next(names for kind, names in TARGETS.items() if kind in kinds)
 
 
 def merges(method: tuple[str, dict[str, Any]]) -> bool:
@@ -108,6 +116,10 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 def optimizer(adapters: ah.Adapters, lr: float = 1e-2, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(adapters.param_groups(lr), **options)
+
+
+def rate(method: tuple[str, dict[str, Any]]) -> float:
+    return RATES.get(method[0], 1e-2)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor], tol: float = 1e-6) -> None:

@@ -30,6 +30,7 @@ m = ah.method
     m("bottleneck", reduction_factor=5, scaling="channel", init_weights="truncated_normal", std=0.1),
     m("bitfit"),
     m("ln_tuning"),
+    m("prompt_tuning", num_virtual_tokens=3),
 )
 def test_conforms(method: Method, check: Check) -> None:
     check(method)

@@ -17,6 +17,7 @@ from adapterhub_lite.format import Contents, Format, Writer
 
 from .config import Entries, base_class, read_config
 from .facts import named, read_facts, with_shape
+from .joined import split_tensors, writing_joined
 from .layout import CONFIG, PICKLE, WEIGHTS, tails
 from .tensors import shared_tensors, sort_tensors
 from .writing import writing
@@ -51,7 +52,20 @@ class PeftFormat:
         targets = entries.targets()
         kept_options = entries.kept()
         method = named(facts, entries.method(methods), methods, folder / WEIGHTS)
+        count = 0 if method.peft_joined is None else entries.count(method.peft_joined)
         entries.refuse_leftovers()
+        if count:
+            sites, have_names = split_tensors(checkpoint, method, count, facts)
+            return Contents(
+                method=method,
+                sites=sites,
+                numbered=not have_names,
+                base=base,
+                revision=revision,
+                base_class=base_class(config),
+                task=task,
+                facts=facts,
+            )
         shared = shared_tensors(checkpoint, method)
         sites, kept = sort_tensors(checkpoint, method, shared, kept_options, folder)
         sites = {name: with_shape(name, part, facts) for name, part in sites.items()}
@@ -81,6 +95,8 @@ class PeftFormat:
         )
 
     def writer(self, folder: Path, contents: Contents, *, room: int) -> AbstractContextManager[Writer]:
+        if contents.method.peft_joined is not None:
+            return writing_joined(folder, contents, room=room)
         return writing(folder, contents, room=room)
 
 

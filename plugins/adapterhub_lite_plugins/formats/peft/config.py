@@ -14,6 +14,7 @@ from . import strict_json
 
 MAX_CONFIG = 16 << 20  # bytes
 MAX_KEPT = 1000  # names in modules_to_save
+MAX_JOINED = 10_000  # sites in one tensor
 
 # Entries that do not change what the saved tensors compute: which modules were chosen, and bookkeeping.
 INERT = frozenset(
@@ -77,6 +78,13 @@ class Entries:
         if not isinstance(value, bool):
             raise self._wrong(key, value, "true or false")
         return value
+
+    def count(self, key: str) -> int:
+        """How many sites there are; 1 where it is not said."""
+        value = self.left.pop(key, None)
+        if value is not None and (type(value) is not int or not 0 < value <= MAX_JOINED):
+            raise self._wrong(key, value, f"a number from 1 to {MAX_JOINED}")
+        return value or 1
 
     def names(self, key: str) -> list[str]:
         value = self.left.pop(key, None) or []

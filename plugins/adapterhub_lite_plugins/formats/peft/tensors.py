@@ -28,11 +28,11 @@ def shared_tensors(checkpoint: Checkpoint, method: Method) -> dict[str, TensorIn
         if tensor is None:
             lacking = ROOT + method.peft_shared()[name]
             raise FileError(f"{lacking!r} is missing", where=checkpoint.path, fix="restore the file")
-        _check_floating(ROOT + method.peft_shared()[name], tensor, checkpoint.path)
+        check_floating(ROOT + method.peft_shared()[name], tensor, checkpoint.path)
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def _check_floating(key: str, tensor: TensorInfo, path: Path) -> None:
+def check_floating(key: str, tensor: TensorInfo, path: Path) -> None:
     if not is_floating(tensor):
         what = f"{key!r} holds {tensor.dtype}, not floating point numbers"
         raise FileError(what, where=path, fix="dequantise or restore the file")
@@ -93,7 +93,7 @@ def _by_site(checkpoint: Checkpoint, method: Method, path: Path) -> tuple[dict[s
             possible &= families[match]
             if not possible:
                 raise FileError(f"{key!r} is one adapter too many at {site!r}", where=path, fix="restore the file")
-            _check_floating(key, tensor, path)
+            check_floating(key, tensor, path)
             tensors[match] = tensor
         else:
             others[key] = tensor

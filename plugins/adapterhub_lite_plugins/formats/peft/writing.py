@@ -35,7 +35,7 @@ def writing(folder: Path, contents: Contents, *, room: int) -> Iterator[Writer]:
         **method.to_peft(),
         "peft_type": method.peft_type,
         "task_type": contents.task,
-        "base_model_name_or_path": contents.base and _public(contents.base),
+        "base_model_name_or_path": contents.base and public(contents.base),
         "revision": contents.revision,
         "inference_mode": True,
         # PEFT warns of it where a method never meets a transposed layer.
@@ -60,10 +60,10 @@ def writing(folder: Path, contents: Contents, *, room: int) -> Iterator[Writer]:
     shapes = {site: shape for site, part in contents.sites.items() if (shape := untold(method, site, part))}
     facts: dict[str, Any] = {SHAPES: shapes} if shapes else {}
     with TensorWriter(folder / WEIGHTS, described, metadata_room=room + len(json.dumps(facts))) as tensors:
-        yield _Writer(tensors, keys, shared, kept, folder / CONFIG, config, facts)
+        yield FolderWriter(tensors, keys, shared, kept, folder / CONFIG, config, facts)
 
 
-class _Writer:
+class FolderWriter:
     def __init__(
         self,
         tensors: TensorWriter,
@@ -94,7 +94,7 @@ class _Writer:
         self._path.write_text(text + "\n", "utf-8")
 
 
-def _public(name: str) -> str:
+def public(name: str) -> str:
     """Of a path its last part: the rest tells a reader nothing, and strangers where it lay."""
     absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
     return PureWindowsPath(name).name if absolute else name
