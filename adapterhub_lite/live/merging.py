@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import NotMergeable
 from ..protocol import Params
 from ..site import Site
-from .tree import Part, Step, base_modules, slots
+from .tree import SLOT, Part, Slot, Step, base_modules, slots
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def merge(model: nn.Module) -> None:
         for parameter in owner._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
-    folds = []
+    folds, stand_ins = [], list[tuple[Slot, nn.Module]]()
     for module, slot in slots(model):
         if slot.around is not None:
             part = slot.around.part
@@ -31,8 +31,12 @@ def merge(model: nn.Module) -> None:
                 fix="leave the adapter unmerged",
             )
         if slot.steps:
-            site = slot.steps[0].part.site
-            merged = {key: _rounded(site, module, key, m) for key, m in _matrices(site, slot.steps).items()}
+            site, matrices = slot.steps[0].part.site, _matrices(slot.steps[0].part.site, slot.steps)
+            stand_in = site.stand_in(matrices["weight"], matrices.get("bias", site.bias))
+            if stand_in is not None:
+                stand_ins.append((slot, stand_in))
+                continue
+            merged = {key: _rounded(site, module, key, m) for key, m in matrices.items()}
             for key in merged:
                 others = [name for name in owners.get(id(module._parameters[key]), ()) if name != site.name]
                 if others:
@@ -52,6 +56,19 @@ def merge(model: nn.Module) -> None:
                 slot.originals[key] = parameter.data
                 parameter.data = new
         slot.steps = ()
+    for slot, layer in stand_ins:
+        slot.__dict__["replaced"] = _swap(model, slot, layer)
+        layer.add_module(SLOT, slot)
+        slot.steps = ()
+
+
+def _swap(model: nn.Module, slot: Slot, layer: nn.Module) -> nn.Module:
+    """Put `layer` where the slot's own layer is, or stood; what was there."""
+    parent, _, own = next(iter(slot.parts.values())).site.name.rpartition(".")
+    holder = model.get_submodule(parent)
+    former: nn.Module = holder.get_submodule(own)
+    setattr(holder, own, layer)
+    return former
 
 
 def unmerge(model: nn.Module) -> None:
@@ -64,6 +81,9 @@ def unmerge(model: nn.Module) -> None:
             else:  # the model may have been moved or cast in the meantime
                 parameter.data = original.to(device=parameter.device, dtype=parameter.dtype)
         slot.originals = {}
+        if slot.replaced is not None:
+            _swap(model, slot, slot.replaced.train(module.training))
+            slot.__dict__["replaced"] = None
 
 
 def _matrices(site: Site, steps: Sequence[Step]) -> dict[str, Tensor]:

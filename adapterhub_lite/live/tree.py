@@ -17,12 +17,12 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import ConfigError
 from ..protocol import Method, Params
+from ..registry import registry
 from ..site import SLOT as SLOT
+from ..site import Site
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
-
-    from ..site import Site
 
 STATE = "_adapters_state"  # the attribute of the model
 
@@ -124,7 +124,10 @@ class Slot(nn.Module):
         self.steps: tuple[Step, ...] = ()
         self.around: Step | None = None  # instead of those: the one adapter that is on and wraps the call
         self.hooks: dict[str, RemovableHandle] = {}
+        self.__dict__["replaced"] = None  # the layer, while another stands in for it; no submodule of this
         self.originals: dict[str, Tensor | None] = {}  # of the layer's parameters, while merged; None: it had none
+
+    replaced: nn.Module | None
 
     @property
     def parts(self) -> Mapping[str, Part]:
@@ -214,6 +217,7 @@ def freeze(model: nn.Module) -> State:
     for name, p in model.named_parameters():
         if is_lazy(p):
             raise ConfigError("the parameter has no shape yet", where=name, fix="call the model once")
+    _tell_kinds(model, "enter")
     state = State(tuple(name for name, p in model.named_parameters() if p.requires_grad))
     setattr(model, STATE, state)
     for name in state.trainable:
@@ -226,6 +230,16 @@ def thaw(model: nn.Module) -> None:
     for name in state_of(model).trainable:
         model.get_parameter(name).requires_grad_(True)
     delattr(model, STATE)
+    _tell_kinds(model, "leave")
+
+
+def _tell_kinds(model: nn.Module, what: str) -> None:
+    """Let the site kinds that have something to do for their modules do it."""
+    for kind in registry().site_kinds().values():
+        if getattr(kind, what).__func__ is not getattr(Site, what).__func__:
+            for module in model.modules():
+                if kind.accepts(module):
+                    getattr(kind, what)(module)
 
 
 def slots(model: nn.Module) -> list[tuple[nn.Module, Slot]]:

@@ -53,6 +53,19 @@ class Site:
             raise ConfigError("the weight has no values yet", where=name, fix="load the model first")
 
     @classmethod
+    def enter(cls, module: nn.Module) -> None:
+        """What a module of this kind needs when its model is adapted, whether it gets an adapter or not."""
+
+    @classmethod
+    def leave(cls, module: nn.Module) -> None:
+        """Undo `enter`, when the last adapter is removed."""
+
+    @classmethod
+    def stored(cls, module: nn.Module) -> tuple[int, int] | None:
+        """Numbers and bytes of the weight, where the parameter does not tell them: where it is quantised."""
+        return None
+
+    @classmethod
     def of(cls, name: str, module: nn.Module) -> Site:
         """The site of a live module."""
         weight: Tensor = module.get_parameter("weight")
@@ -104,6 +117,10 @@ class Site:
     def fold(self, matrix: Tensor) -> Tensor:
         """Matrix form (out, in) back to the layer's own layout."""
         raise _missing(type(self), "fold")
+
+    def stand_in(self, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
+        """A layer with the merged weight (out, in) and bias (out,), where this one cannot hold them; else None."""
+        return None
 
     def unfold(self, weight: Tensor) -> Tensor:
         """The layer's own layout to matrix form (out, in); the inverse of `fold`."""

@@ -35,7 +35,7 @@ class IA3(Method):
 
     name = "ia3"
     paper = "https://arxiv.org/abs/2205.05638"
-    site_kinds = frozenset({"linear", "transposed_linear", "conv2d"})
+    site_kinds = frozenset({"linear", "quantised_linear", "transposed_linear", "conv2d"})
     reads_weight = True
     peft_type = "IA3"
 

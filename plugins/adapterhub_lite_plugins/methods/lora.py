@@ -51,7 +51,9 @@ class LoRA(Method):
 
     name = "lora"
     paper = "https://arxiv.org/abs/2106.09685"
-    site_kinds = frozenset({"linear", "transposed_linear", "conv1d", "conv2d", "conv3d", "embedding"})
+    site_kinds = frozenset(
+        {"linear", "quantised_linear", "transposed_linear", "conv1d", "conv2d", "conv3d", "embedding"}
+    )
     carries_low_rank = True
     peft_type = "LORA"
 

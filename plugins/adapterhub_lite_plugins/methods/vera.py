@@ -45,7 +45,7 @@ class VeRA(Method):
 
     name = "vera"
     paper = "https://arxiv.org/abs/2310.11454"
-    site_kinds = frozenset({"linear", "transposed_linear"})
+    site_kinds = frozenset({"linear", "quantised_linear", "transposed_linear"})
     peft_type = "VERA"
 
     rank: int = 256
