@@ -51,7 +51,11 @@ LAYERS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
 }
 
 # Flows that are of no linear layer: nothing is measured there.
-ELSEWHERE: set[tuple[str, str]] = {("bottleneck", "around a norm, whose input is x"), ("prompt_tuning", "")}
+ELSEWHERE: set[tuple[str, str]] = {
+    ("bottleneck", "around a norm, whose input is x"),
+    ("prompt_tuning", ""),
+    ("prefix_tuning", ""),
+}
 
 
 def page(name: str) -> str:

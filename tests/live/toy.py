@@ -29,11 +29,13 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ia3", {"feedforward": ("down_proj",)}),
     ("bottleneck", {"reduction_factor": 4, "placement": "parallel", "scaling": "learned", "non_linearity": "gelu"}),
     ("prompt_tuning", {"num_virtual_tokens": 5}),
+    ("prefix_tuning", {"num_virtual_tokens": 3}),
 )
-RATES = {"prompt_tuning": 0.3}  # the paper's, and a hundred times that of other methods
+RATES = {"prompt_tuning": 0.3, "prefix_tuning": 0.1}  # prompts begin at numbers of size 1
 TARGETS = {  # of methods that adapt no linear layer, by the kind that they do
     "block": ["self_attn", "mlp"],  # one gives a tuple, the other a tensor
     "decoder": ["model"],
+    "attention": ["self_attn"],
 }
 every_method = pytest.mark.parametrize(
     "method", METHODS, ids=lambda m: "-".join([m[0], *(str(v) for v in m[1].values() if isinstance(v, str))])

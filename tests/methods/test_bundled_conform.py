@@ -29,6 +29,7 @@ m = ah.method
     m("bottleneck", placement="parallel", reduction_factor=3, scaling="learned", ln_after=True, non_linearity="gelu"),
     m("bottleneck", reduction_factor=5, scaling="channel", init_weights="truncated_normal", std=0.1),
     m("prompt_tuning", num_virtual_tokens=3),
+    m("prefix_tuning", num_virtual_tokens=3),
 )
 def test_conforms(method: Method, check: Check) -> None:
     check(method)
