@@ -66,6 +66,12 @@ def plan(source: WeightedSum, *, dtype: str | None = None, any_base: bool = Fals
     sites = {}
     for name in ranks:
         part = source.sites[name]
+        if part.kind not in method.site_kinds:
+            raise NotMergeable(
+                f"a sum is saved as a {method.name!r} adapter, which a layer of kind {part.kind!r} cannot have",
+                where=name,
+                fix="merge the adapters into the model instead, with adapters.load() and adapters.merge()",
+            )
         shapes = method.at(name).tensor_shapes(part.kind, part.shape, part.weight_shape[2:])
         sites[name] = SiteContents(
             part.kind, part.weight_shape, part.shape, {key: Planned(dtype, s) for key, s in shapes.items()}

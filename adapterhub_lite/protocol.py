@@ -116,6 +116,10 @@ class Method:
         """Whether the method has its own `rule`, in place of what `Method` does."""
         return getattr(cls, rule) is not getattr(Method, rule)
 
+    def refuses(self, site: Site) -> str | None:
+        """Why it can do nothing at a site of a kind that it adapts, if so: a layer without a bias has none to train."""
+        return None
+
     # The rules ------------------------------------------------------------------------------------
 
     def shared(self, sites: Sequence[Site]) -> Mapping[str, Tensor]:
@@ -161,7 +165,7 @@ class Method:
     def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """The adapted output, for the layer's input x and the base's output y."""
         y, b = site.add(self.delta(p, site), x, y), self.delta_bias(p, site)  # b: (out,)
-        return y if b is None else y + site.along(b).to(y.dtype)
+        return y if b is None else site.add_bias(b, x, y)
 
     def merge(self, p: Params, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         """The weight (out, in) and bias (out,) of a plain layer that computes what `forward` does. Pure."""
@@ -215,9 +219,13 @@ class Method:
     def peft_keys(self) -> Mapping[str, Mapping[str, str]]:
         """Key suffixes in the file: by family of site kinds ("" for any other), saved tensor's name to PEFT's suffix.
 
-        A site has all tensors of its family; the options are those of the site.
+        A site has all tensors of its family, but for the optional ones; the options are those of the site.
         """
         raise _missing(self, "peft_keys")
+
+    def peft_optional(self) -> frozenset[str]:
+        """Those of the saved tensors that a site may lack."""
+        return frozenset()
 
     def peft_shared(self) -> Mapping[str, str]:
         """Keys in the file, behind "base_model.", of those shared tensors that are saved."""

@@ -1,13 +1,14 @@
 """Activations that a method keeps for the backward pass, in elements a token: `python benchmarks/activations.py`.
 
 Counted by torch's saved-tensor hooks, each storage once and parameters left out: one linear layer alone, and a small
-transformer with adapters at all of its linear layers, or at the blocks that a method is for. Bytes do not depend on the
-machine, so there is nothing to time.
+transformer with adapters at all of its linear layers, or at the blocks or norms that a method is for. Bytes do not
+depend on the machine, so there is nothing to time.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from typing import Any
 
@@ -19,13 +20,16 @@ import adapterhub_lite as ah
 from adapterhub_lite.registry import registry
 
 WIDTH, HEADS, LAYERS, VOCABULARY, BATCH, LENGTH = 128, 4, 4, 256, 4, 64
-RANK = {"rank": 8}
+LINEAR = ["q", "k", "v", "o", "up", "down", "head"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "vera": {"rank": 64},
     "ia3": {"feedforward": ("down",)},
     "bottleneck": {"bottleneck_size": 8},
 }
-TARGETS = {"bottleneck": ["o", "down"]}  # where attention and the feed-forward net end
+TARGETS: dict[str, Any] = {
+    "bottleneck": ["o", "down"],  # where attention and the feed-forward net end
+    "ln_tuning": "all",
+}
 
 
 class Block(nn.Module):
@@ -84,9 +88,13 @@ def measure(name: str | None) -> dict[str, float]:
     torch.manual_seed(0)
     layer, model = nn.Sequential(nn.Identity(), nn.Linear(384, 384)), ByteModel()
     if name is not None:
-        method = ah.method(name, **OPTIONS.get(name, RANK))
+        cls = registry().method(name)
+        rank = {"rank": 8} if "rank" in {f.name for f in dataclasses.fields(cls)} else {}
+        if cls.site_kinds == {"norm"}:
+            layer[1] = nn.LayerNorm(384)
+        method = ah.method(name, **rank | OPTIONS.get(name, {}))
         ah.adapt(layer).add("a", method, "1")
-        ah.adapt(model).add("a", method, TARGETS.get(name, ["q", "k", "v", "o", "up", "down", "head"]))
+        ah.adapt(model).add("a", method, TARGETS.get(name, LINEAR))
     tokens = 512
     x = torch.randn(tokens, 384, requires_grad=True)
 
@@ -113,16 +121,16 @@ def bundled() -> dict[str, type[ah.Method]]:
 
 
 def left_out() -> dict[str, str]:
-    """The methods that are not measured, and why: they declare that they adapt neither layers nor blocks."""
+    """The methods that are not measured, and why: they declare that they wrap the call of a part of a transformer."""
     return {
-        name: f"adapts no single layer: {', '.join(sorted(cls.site_kinds))}"
+        name: f"wraps the call of a whole {' or '.join(sorted(cls.site_kinds))}"
         for name, cls in bundled().items()
-        if not cls.site_kinds & {"linear", "block"}
+        if cls.wraps_call
     }
 
 
 def everything() -> dict[str, dict[str, float]]:
-    """The figures of full fine-tuning and of every bundled method that adapts layers."""
+    """The figures of full fine-tuning and of every bundled method but those left out."""
     measured = [name for name in bundled() if name not in left_out()]
     return {name or "full fine-tuning": measure(name) for name in (None, *measured)}
 

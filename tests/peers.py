@@ -334,10 +334,11 @@ def minilm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Any warning is an error, but for those that PEFT's own defaults and VeRA without projections bring about."""
+    """Any warning is an error, but for those of PEFT's own defaults, of VeRA without projections, and of any norm."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "Setting `save_embedding_layers` to `True`", UserWarning, r"peft\.")
+        warnings.filterwarnings("ignore", "Unsupported layer type .*Norm", UserWarning, r"peft\.")
         warnings.filterwarnings("ignore", "Specified to not (save|load) vera_A", UserWarning)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning, r"transformers\.")
         yield

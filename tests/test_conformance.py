@@ -61,6 +61,7 @@ RULES_IT_LACKS = {
     "step_rules_change_own_tensors": "defines neither before_step() nor after_step()",
     "training_resumes": "defines neither before_step() nor after_step()",
     "penalty_is_differentiable": "defines no penalty()",
+    "refusals_say_why": "defines no refuses()",
 }
 
 

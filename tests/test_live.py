@@ -61,10 +61,10 @@ class Unmergeable(Rescale):
     """Refuses to merge at the layer called like its option."""
 
     name = "unmergeable"
-    refuses: str = "2"
+    unmergeable: str = "2"
 
     def merge(self, p: ah.Params, weight: Tensor, bias: Tensor | None, site: ah.Site) -> tuple[Tensor, Tensor | None]:
-        if site.name == self.refuses:
+        if site.name == self.unmergeable:
             raise ah.NotMergeable("no", where=site.name)
         return super().merge(p, weight, bias, site)
 

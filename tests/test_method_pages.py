@@ -44,6 +44,7 @@ LAYERS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("vera", ""): ("vera", RANK),
     ("delta_lora", ""): ("delta_lora", RANK),
     ("dora", ""): ("dora", RANK),
+    ("bitfit", ""): ("bitfit", {}),
     ("bottleneck", "behind a block"): ("bottleneck", {"bottleneck_size": 5}),
     ("bottleneck", "beside it"): ("bottleneck", {"bottleneck_size": 5, "placement": "parallel"}),
     ("ia3", "keys and values"): ("ia3", {}),
@@ -53,6 +54,7 @@ LAYERS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
 # Flows that are of no linear layer: nothing is measured there.
 ELSEWHERE: set[tuple[str, str]] = {
     ("bottleneck", "around a norm, whose input is x"),
+    ("ln_tuning", ""),
     ("prompt_tuning", ""),
     ("prefix_tuning", ""),
 }

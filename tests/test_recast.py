@@ -202,3 +202,13 @@ def test_a_fresh_adapter_is_exact_where_its_numbers_are(tmp_path: Path) -> None:
     adapters.add("a", ah.method("ia3"), TARGETS)
     error = adapters.save("a", tmp_path / "ones", dtype=torch.float16)
     assert (error.overall, error.of, error.plain()["overall"]) == (0.0, "delta", 0.0)
+
+
+def test_what_cannot_be_merged_has_no_delta_to_measure(tmp_path: Path) -> None:
+    adapters = ah.adapt(network())
+    adapters.add("a", ah.method("bottleneck", reduction_factor=2), ["0", "3"])
+    adapters.save("a", tmp_path / "exact")
+    error = adapters.save("a", tmp_path / "out", dtype=torch.bfloat16)
+    before, after = (load_file(tmp_path / folder / WEIGHTS) for folder in ("exact", "out"))
+    assert error.of == "tensors"
+    assert error.overall == pytest.approx(rounded(before, after, torch.bfloat16), rel=1e-5)

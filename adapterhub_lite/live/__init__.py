@@ -95,10 +95,11 @@ class Adapters:
         """A new adapter `name` at the target layers. The first one on a model is active at once.
 
         A target is a module's name, the end of one ("q_proj", "mlp.up_proj"), a glob for either ("layers.1*.q_proj"),
-        or "all-linear": all linear layers that `method` adapts, but for the output head. A mapping gives targets
-        options of their own, `{"all-linear": {}, "down_proj": {"rank": 4}}`; of two that name a layer the later one
-        holds. `exclude` takes names and globs; what is inside of a module that it names is left out too. The tensors
-        depend on `seed` and on each layer's name, and on nothing else.
+        or "all-linear": all linear layers that `method` adapts, but for the output head; or "all": those of every
+        kind, embeddings and norms too if it adapts them. A mapping gives targets options of their own,
+        `{"all-linear": {}, "down_proj": {"rank": 4}}`; of two that name a layer the later one holds. `exclude` takes
+        names and globs; what is inside of a module that it names is left out too. The tensors depend on `seed` and
+        on each layer's name, and on nothing else.
         """
         self._refuse_merged("add an adapter")
         self._check_new(name)

@@ -14,7 +14,7 @@ from ..site import Site
 from ..site.linear import LinearSite
 from .tree import SLOT, Slot, base_modules
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, ALL = "all-linear", "all"
 
 
 def select(model: nn.Module, method: Method, targets: Sequence[str], exclude: Sequence[str]) -> dict[Site, list[str]]:
@@ -25,8 +25,10 @@ def select(model: nn.Module, method: Method, targets: Sequence[str], exclude: Se
     modules, kinds = dict(base_modules(model)), site_kinds()
     chosen: dict[str, list[str]] = {}
     for target in targets:
-        everything = target == ALL_LINEAR
-        hits = _linear(model, modules, method, kinds) if everything else [n for n in modules if _names(target, n)]
+        if target in (ALL_LINEAR, ALL):
+            hits = _adaptable(model, modules, method, kinds, LinearSite if target == ALL_LINEAR else Site)
+        else:
+            hits = [name for name in modules if _names(target, name)]
         if not hits:
             raise UnknownName(
                 f"target {target!r} names no module",
@@ -50,19 +52,25 @@ def site_of(model: nn.Module, name: str, method: Method, kinds: Kinds | None = N
     if not name:
         raise ConfigError("the model is a single layer, which has no name", fix="adapt nn.Sequential(model)")
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        raise _refusal(model, name, "is a container, which would take adapters for one of its own layers")
+        raise _refusal(model, name, method, "is a container, which would take adapters for one of its own layers")
     kind = kind_of(module, kinds_for(method, kinds)) or kind_of(module)
     if kind is None:
-        raise _refusal(model, name, f"no site kind knows what a {type(module).__name__} computes")
+        raise _refusal(model, name, method, f"no site kind knows what a {type(module).__name__} computes")
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-        raise _refusal(model, name, "MultiheadAttention reads the weight of this layer and never calls it")
+        raise _refusal(model, name, method, "MultiheadAttention reads the weight of this layer and never calls it")
     if kind.kind not in method.site_kinds:
         claims = ", ".join(sorted(method.site_kinds))
-        raise _refusal(model, name, f"method {method.name!r} adapts no layer of kind {kind.kind!r}, only {claims}")
+        raise _refusal(
+            model, name, method, f"method {method.name!r} adapts no layer of kind {kind.kind!r}, only {claims}"
+        )
     kind.check(name, module)
     if hasattr(module, SLOT) and not isinstance(getattr(module, SLOT), Slot):
-        raise _refusal(model, name, f"the layer has an attribute {SLOT!r} of its own")
-    return kind.of(name, module)
+        raise _refusal(model, name, method, f"the layer has an attribute {SLOT!r} of its own")
+    site = kind.of(name, module)
+    why = method.at(name).refuses(site) if method.defines("refuses") else None
+    if why is not None:
+        raise _refusal(model, name, method, f"method {method.name!r} can do nothing here: {why}")
+    return site
 
 
 Kinds = Sequence[type[Site]]
@@ -85,17 +93,27 @@ def kind_of(module: nn.Module, kinds: Kinds | None = None) -> type[Site] | None:
     return next((kind for kind in kinds if kind.accepts(module)), None)
 
 
-def _linear(model: nn.Module, modules: Mapping[str, nn.Module], method: Method, kinds: Kinds) -> list[str]:
-    """All that are linear and called, of a kind that `method` adapts, but the output head."""
+def _adaptable(
+    model: nn.Module, modules: Mapping[str, nn.Module], method: Method, kinds: Kinds, among: type[Site]
+) -> list[str]:
+    """All that are called, of a kind of `among` that `method` adapts, and not refused by it; but the output head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = []
+    kinds, names, refused = [kind for kind in kinds if not kind.general], [], {}
     for name, module in modules.items():
         kind = kind_of(module, kinds)
-        if kind is None or not issubclass(kind, LinearSite) or kind.kind not in method.site_kinds:
+        if kind is None or not issubclass(kind, among) or kind.kind not in method.site_kinds:
             continue
         called = not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
-        if called and module is not head:
+        if not called or module is head:
+            continue
+        why = method.at(name).refuses(kind.of(name, module)) if method.defines("refuses") else None
+        if why is None:
             names.append(name)
+        else:
+            refused[name] = why
+    if refused and not names:
+        name, why = next(iter(refused.items()))
+        raise _refusal(model, name, method, f"method {method.name!r} can do nothing here: {why}")
     return names
 
 
@@ -116,6 +134,7 @@ def _words_for(word: str, modules: Mapping[str, nn.Module], method: Method | Non
     return {".".join(name.split(".")[-1 - word.count(".") :]) for name in modules if name}
 
 
-def _refusal(model: nn.Module, name: str, why: str) -> ConfigError:
-    inside = [n for n, module in base_modules(model) if n.startswith(f"{name}.") and kind_of(module)]
+def _refusal(model: nn.Module, name: str, method: Method, why: str) -> ConfigError:
+    kinds = kinds_for(method)
+    inside = [n for n, module in base_modules(model) if n.startswith(f"{name}.") and kind_of(module, kinds)]
     return ConfigError(why, where=name, fix=f"target layers in it, say {inside[0]!r}" if inside else "exclude it")

@@ -1,8 +1,8 @@
 """A site: one layer of a base model, and how a weight change is seen through it.
 
 A method states ΔW in matrix form (out, in) and knows no layer types; a site kind knows
-its layer and no methods. Kinds are plugins too: `linear`, `conv`, `embedding` and
-`block` beside this file come in through the hook `site_kinds`. Only they import torch.
+its layer and no methods. Kinds are plugins too: `linear`, `conv`, `embedding`, `norm`
+and `block` beside this file come in through the hook `site_kinds`. Only they import torch.
 """
 
 from __future__ import annotations
@@ -116,6 +116,32 @@ class Site:
     def add(self, delta: Delta, x: Tensor, y: Tensor) -> Tensor:
         """The output y with what ΔW adds for input x, in y's dtype."""
         return y + self.apply(delta, x).to(y.dtype)
+
+    def add_bias(self, b: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """The output y with what a change b (out,) of the bias adds for input x, in y's dtype."""
+        return y + self.along(b).to(y.dtype)
+
+    def rerun(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """What the layer's own forward gives for x with another weight, in matrix form, and another bias (out,).
+
+        What is not given is the base's, frozen, in x's dtype. No hook runs, and the layer is left alone.
+        """
+        module = self._live()
+        if bias is not None and module._parameters.get("bias") is None:
+            raise AdapterError(f"a {type(module).__name__} has no bias", where=self.name, fix="leave it alone")
+        given = {"weight": None if weight is None else self.fold(weight), "bias": bias}
+        values = {
+            name: p.detach().to(x.dtype) if (new := given.get(name)) is None else new
+            for name, p in module._parameters.items()
+            if p is not None
+        }
+        # A twin that has all but these in common: nothing is to be put back, whatever happens in between. Not made
+        # by the class, which may have other plans (FSDP2's is another module).
+        twin = object.__new__(type(module))
+        twin.__dict__.update(module.__dict__)
+        twin.__dict__.update(values)
+        y: Tensor = type(module).forward(twin, x)
+        return y
 
     def project(self, rows: Tensor) -> Tensor:
         """`rows` (n, in) times the transposed weight: (n, out). For methods that need W only so."""

@@ -12,10 +12,10 @@ from ..errors import AdapterError, NotMergeable
 from ..live import adapt
 from ..protocol import Method
 from ..registry import registry
-from .capability import has_merge
+from .capability import has_merge, has_refusal
 from .check import CheckFailed, CheckSkipped, check, require, within
 from .weights import EXACT
-from .zoo import EXAMPLES, Example, bits, changed, difference, examples, has_example, moved, sibling
+from .zoo import EXAMPLES, Example, bits, changed, described, difference, examples, has_example, moved, sibling
 
 WEIGHTS = {"a": 0.7, "b": -0.3}
 # Relative to the largest output, after three layers in that dtype.
@@ -34,7 +34,7 @@ class Fixture:
         mine = {id(p) for p in self.model.parameters()}
         self.adapters = adapt(self.model)
         for seed, (name, own) in enumerate((("a", method), ("b", sibling(method)))):
-            self.adapters.add(name, own, targets=list(example.sites(self.model)), seed=seed)
+            self.adapters.add(name, own, targets=list(example.sites(self.model, own)), seed=seed)
         self.adapters.activate(WEIGHTS)
         self.tensors = {name: p for name, p in self.model.named_parameters() if id(p) not in mine}
         self.trained = {name: p for name, p in self.tensors.items() if p.requires_grad}
@@ -270,6 +270,36 @@ def unsupported_layers_are_refused(method: Method) -> str:
     return f"refused: {', '.join(models)}"
 
 
+@check(has_example, has_refusal)
+def refusals_say_why(method: Method) -> str:
+    """What `refuses` gives at a layer is None, or the reason that a user reads who names the layer."""
+    reasons = []
+    for kind, example in EXAMPLES.items():
+        if not example.available or kind not in method.site_kinds:
+            continue
+        model = example.model(torch.float32)
+        for name, site in example.sites(model).items():
+            why = method.at(name).refuses(site)
+            if why is None:
+                continue
+            require(
+                isinstance(why, str) and bool(why.strip()),
+                f"refuses gives {why!r} at a {described(site)}",
+                fix="give the reason in a few words, or None",
+            )
+            try:
+                adapt(model).add("a", method, targets=[name])
+            except AdapterError as error:
+                told = name in str(error) and why in str(error)
+                require(told, f"the error for {name!r} does not tell why: {error}", fix="give a shorter reason")
+            else:
+                require(
+                    False, f"an adapter was put on a {described(site)}", fix="let refuses() depend on the site alone"
+                )
+            reasons.append(why)
+    return f"{len(reasons)} layers"
+
+
 def _merged(f: Fixture) -> dict[str, Tensor]:
     """The base's values with what is active folded in; the model is unmerged again."""
     f.merge()
@@ -305,4 +335,5 @@ CHECKS = (
     casts_and_copies,
     half_precision_base,
     unsupported_layers_are_refused,
+    refusals_say_why,
 )

@@ -29,6 +29,10 @@ def has_step_rule(method: Method) -> str | None:
     return "defines neither before_step() nor after_step()"
 
 
+def has_refusal(method: Method) -> str | None:
+    return None if method.defines("refuses") else "defines no refuses()"
+
+
 def has_penalty(method: Method) -> str | None:
     return None if method.defines("penalty") else "defines no penalty()"
 

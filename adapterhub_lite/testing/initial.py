@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..live.tree import Part
 from ..protocol import Method
 from ..seed import generator
 from .capability import starts_as_identity
-from .check import check, require, within
+from .check import check, one_line, require, within
 from .zoo import bits, changed, difference, each_cell, examples, has_example
 
 IDENTITY = 1e-5  # B A = 0 by orthogonality holds to float32's rounding
@@ -64,6 +65,16 @@ def init_gives_trainable_tensors(method: Method) -> str:
         places = [t.untyped_storage().data_ptr() for t in start.values() if t.numel()]
         require(len(set(places)) == len(places), "two tensors share memory", fix="clone one of them")
         count += len(start)
+    for cell in each_cell(method, fresh=True):
+        try:
+            Part(cell.method, cell.site, cell.own, cell.trained)
+        except (KeyError, TypeError) as error:
+            name = next((name for name in cell.own if repr(name) in str(error)), "?")
+            require(
+                False,
+                f"{name!r} is a name that live models use for something else ({one_line(error)})",
+                fix="call it something else",
+            )
     return f"{count} tensors"
 
 
@@ -103,7 +114,7 @@ def _starts(method: Method, *, reverse: bool = False) -> dict[str, Mapping[str, 
     """What `init` gives at every site, by kind and name."""
     found: dict[str, Mapping[str, Any]] = {}
     for example in examples(method):
-        sites = list(example.sites(example.model(torch.float32)).items())
+        sites = list(example.sites(example.model(torch.float32), method).items())
         for name, site in reversed(sites) if reverse else sites:
             found[f"{example.kind} {name}"] = method.at(name).init(site, generator(0, name))
     return found

@@ -22,7 +22,7 @@ def shared_depends_on_shapes(method: Method) -> str:
     count = 0
     for example in examples(method):
         model = example.model(torch.float32)
-        sites = list(example.sites(model).values())
+        sites = list(example.sites(model, method).values())
         first = method.shared(sites)
         _check_tensors(first)
         for site in sites:

@@ -86,8 +86,8 @@ def _merged(cell: Cell) -> nn.Module:
     result = _result(cell, given)
     weight, bias = result["weight"], result.get("bias")
     require(
-        weight.dtype == given["weight"].dtype and weight.shape == given["weight"].shape,
-        f"merge turned a weight {tuple(given['weight'].shape)} of {given['weight'].dtype} into "
+        weight.dtype == given["base weight"].dtype and weight.shape == given["base weight"].shape,
+        f"merge turned a weight {tuple(given['base weight'].shape)} of {given['base weight'].dtype} into "
         f"{tuple(weight.shape)} of {weight.dtype}",
         fix="keep the shape (out, in) and the dtype",
     )
@@ -105,7 +105,7 @@ def _merged(cell: Cell) -> nn.Module:
 
 def _given(cell: Cell) -> dict[str, Tensor]:
     """What `merge` is given: weight and bias in copies, and the adapter's tensors."""
-    given = {"weight": cell.site.weight.clone(), **cell.p}
+    given = {"base weight": cell.site.weight.clone(), **cell.p}
     if cell.site.bias is not None:
         given["base bias"] = cell.site.bias.clone()
     return given
@@ -114,7 +114,7 @@ def _given(cell: Cell) -> dict[str, Tensor]:
 def _result(cell: Cell, given: dict[str, Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         try:
-            weight, bias = cell.method.merge(cell.p, given["weight"], given.get("base bias"), cell.site)
+            weight, bias = cell.method.merge(cell.p, given["base weight"], given.get("base bias"), cell.site)
         except NotMergeable as error:  # the declared way to say so where it depends on options or layers
             raise CheckSkipped(str(error)) from None
     return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}

@@ -119,6 +119,10 @@ def _conv3d() -> nn.Module:
     )
 
 
+def _norm() -> nn.Module:
+    return Stack(nn.LayerNorm(12), nn.GroupNorm(3, 6), nn.Sequential(nn.Flatten(1), nn.RMSNorm(72)))
+
+
 def _normal(*shape: int) -> Callable[[torch.Generator], Tensor]:
     return lambda rng: torch.randn(shape, generator=rng)
 
@@ -153,11 +157,17 @@ class Example:
         x = self.draw(generator(0, self.kind))
         return x.bfloat16().to(dtype) if x.is_floating_point() else x
 
-    def sites(self, model: nn.Module) -> dict[str, Site]:
-        """The layers to adapt; of a kind that takes modules of any class, those right below the model."""
+    def sites(self, model: nn.Module, method: Method | None = None) -> dict[str, Site]:
+        """The layers to adapt; those that `method` does not refuse, if it is given.
+
+        Of a kind that takes modules of any class, those right below the model.
+        """
         kind = registry().site_kinds()[self.kind]
         modules = model.named_children() if kind.general else model.named_modules()
-        return {name: kind.of(name, module) for name, module in modules if kind.accepts(module)}
+        found = {name: kind.of(name, module) for name, module in modules if kind.accepts(module)}
+        if method is None or not method.defines("refuses"):
+            return found
+        return {name: site for name, site in found.items() if method.at(name).refuses(site) is None}
 
 
 EXAMPLES = {
@@ -170,6 +180,7 @@ EXAMPLES = {
         Example("conv3d", _conv3d, _normal(2, 2, 3, 7, 5)),
         Example("embedding", Lookup, _ids),
         Example("block", Blocks, _normal(3, 5, 12)),
+        Example("norm", _norm, _normal(3, 6, 12)),
     )
 }
 
@@ -190,7 +201,10 @@ def untried(method: Method, kind: str) -> str | None:
     if not example.available:
         return f"{example.needs} is not installed"
     try:
-        for name, site in example.sites(example.model()).items():
+        sites = example.sites(example.model(), method)
+        if not sites:
+            return "it refuses every such layer"
+        for name, site in sites.items():
             method.at(name).init(site, generator(0, name))
     except NotMergeable as error:
         return error.what
@@ -267,7 +281,7 @@ def cells(
     """
     model = example.model(dtype)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    sites = example.sites(model)
+    sites = example.sites(model, method)
     handles = [_watch(site, seen) for site in sites.values()]
     with torch.no_grad():
         model(example.input(dtype))

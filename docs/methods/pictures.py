@@ -103,6 +103,17 @@ PICTURES = {
             )
         },
     ),
+    "bitfit": Picture(
+        "BitFit: only the bias of a layer is trained",
+        "h = W₀ x + b₀ + Δb",
+        {"": (W0, Vector("+", "b₀", "d", FROZEN), Vector("+", "Δb", "d"))},
+    ),
+    "ln_tuning": Picture(
+        "LayerNorm tuning: the scale and the bias of a norm are trained",
+        "h = w ⊙ (x − μ) / σ + b",
+        {"": (KEPT, Function("(x − μ) / σ"), Vector("⊙", "w", "d"), Vector("+", "b", "d"))},
+        note=("A norm gives out as many numbers as it takes: d is k.",),
+    ),
     "bottleneck": Picture(
         "Bottleneck adapters: a small net behind a block, beside it, or around a norm",
         "h + s U σ(D h)   or   y + s U σ(D x)   or   LN(z + s U σ(D LN(z)))",

@@ -27,15 +27,17 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("vera", {"rank": 6}),
     ("dora", {"rank": 4}),
     ("ia3", {"feedforward": ("down_proj",)}),
+    ("ln_tuning", {}),
     ("bottleneck", {"reduction_factor": 4, "placement": "parallel", "scaling": "learned", "non_linearity": "gelu"}),
     ("prompt_tuning", {"num_virtual_tokens": 5}),
     ("prefix_tuning", {"num_virtual_tokens": 3}),
 )
 RATES = {"prompt_tuning": 0.3, "prefix_tuning": 0.1}  # prompts begin at numbers of size 1
-TARGETS = {  # of methods that adapt no linear layer, by the kind that they do
-    "block": ["self_attn", "mlp"],  # one gives a tuple, the other a tensor
-    "decoder": ["model"],
-    "attention": ["self_attn"],
+TARGETS = {  # all-linear for others
+    "bottleneck": ["self_attn", "mlp"],  # the former gives a tuple
+    "ln_tuning": "all",
+    "prompt_tuning": "model",
+    "prefix_tuning": "self_attn",
 }
 every_method = pytest.mark.parametrize(
     "method", METHODS, ids=lambda m: "-".join([m[0], *(str(v) for v in m[1].values() if isinstance(v, str))])
@@ -69,9 +71,7 @@ def adapted(method: tuple[str, dict[str, Any]], dtype: torch.dtype = torch.float
 
 
 def targets(method: tuple[str, dict[str, Any]]) -> Any:
-    """All linear layers, for a method that adapts any."""
-    kinds = ah.method(method[0]).site_kinds
-    return "all-linear" if "linear" in kinds else next(names for kind, names in TARGETS.items() if kind in kinds)
+    return TARGETS.get(method[0], "all-linear")
 
 
 def merges(method: tuple[str, dict[str, Any]]) -> bool:

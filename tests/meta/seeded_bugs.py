@@ -209,6 +209,29 @@ class TransposedStart(Sound):
         return {**super().init(site, rng), "B": nn.Parameter(torch.zeros(self.rank, site.shape[0]).mT)}
 
 
+@trips(
+    "init_gives_trainable_tensors",
+    "off_is_exact",
+    "base_names_unchanged",
+    "only_adapter_gets_gradients",
+    "two_adapters_add_up",
+    "unmerge_is_exact",
+    "casts_and_copies",
+    "half_precision_base",
+)
+class TakenName(Sound):
+    """Names a frozen tensor as live models name something else."""
+
+    def init(self, site: Site, rng: torch.Generator) -> Mapping[str, nn.Parameter | Tensor]:
+        return {**super().init(site, rng), "before": torch.zeros(1)}
+
+    def pack(self, p: Params) -> Mapping[str, Tensor]:
+        return {name: t for name, t in p.items() if name != "before"}
+
+    def unpack(self, saved: Params, site: Site) -> Mapping[str, Tensor]:
+        return {**saved, "before": torch.zeros(1)}
+
+
 @trips("init_depends_on_seed_and_name", "global_rng_untouched")
 class GlobalStart(Sound):
     """Draws from the global random state."""
@@ -708,11 +731,19 @@ class MixedDtypes(Sound):
 
 class _Everything(frozenset[str]):
     def __contains__(self, kind: object) -> bool:
-        return kind != "block"  # it could not adapt one
+        return kind not in ("norm", "block")  # no delta is right there, which other checks would find
 
 
 @trips("unsupported_layers_are_refused")
 class ClaimsEverything(Sound):
-    """Answers yes to every kind of layer."""
+    """Answers yes to every kind of layer that takes a delta."""
 
     site_kinds = _Everything({"linear"})
+
+
+@trips("refusals_say_why")
+class RefusesByTruth(Sound):
+    """Says yes or no where a reason is asked for: no layer is left."""
+
+    def refuses(self, site: Site) -> Any:
+        return site.bias is None

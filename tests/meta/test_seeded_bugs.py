@@ -21,12 +21,13 @@ SHARED = {"shared_depends_on_shapes", "shared_is_kept_once"}
 BEFORE = {"before_is_pure", "before_finds_the_input"}
 STEPS = {"step_rules_change_own_tensors", "training_resumes", "penalty_is_differentiable"}
 PACK = {"pack_and_unpack_are_inverse"}
+REFUSES = {"refusals_say_why"}
 CONTROLS = {
-    Sound: SHARED | BEFORE | STEPS,
-    Scaling: SHARED | BEFORE | STEPS | PACK | DELTA,
-    Gating: SHARED | STEPS | PACK | DELTA,
-    Projected: BEFORE | STEPS | {"carries_low_rank"},
-    Stepping: SHARED | BEFORE | PACK,
+    Sound: SHARED | BEFORE | STEPS | REFUSES,
+    Scaling: SHARED | BEFORE | STEPS | PACK | DELTA | REFUSES,
+    Gating: SHARED | STEPS | PACK | DELTA | REFUSES,
+    Projected: BEFORE | STEPS | {"carries_low_rank"} | REFUSES,
+    Stepping: SHARED | BEFORE | PACK | REFUSES,
 }
 
 

@@ -28,6 +28,8 @@ m = ah.method
     m("bottleneck", bottleneck_size=7, placement="parallel", scaling=4.0, dropout=0.25),
     m("bottleneck", placement="parallel", reduction_factor=3, scaling="learned", ln_after=True, non_linearity="gelu"),
     m("bottleneck", reduction_factor=5, scaling="channel", init_weights="truncated_normal", std=0.1),
+    m("bitfit"),
+    m("ln_tuning"),
     m("prompt_tuning", num_virtual_tokens=3),
     m("prefix_tuning", num_virtual_tokens=3),
 )

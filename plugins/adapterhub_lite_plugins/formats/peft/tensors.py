@@ -133,7 +133,7 @@ def _placed(
     """One site's part: every tensor of its family is there, and their shapes fit a layer."""
     here, family = method.at(site), min(possible)
     tensors = {name: by_suffix[s] for name, s in method.peft_keys()[family].items() if s in by_suffix}
-    missing = sorted(here.peft_keys()[family].keys() - tensors.keys())
+    missing = sorted(here.peft_keys()[family].keys() - here.peft_optional() - tensors.keys())
     if missing:
         lacking = f"{PREFIX}{site}.{here.peft_keys()[family][missing[0]]}"
         raise FileError(f"{lacking!r} is missing", where=path, fix="restore the file")

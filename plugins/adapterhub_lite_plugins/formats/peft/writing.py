@@ -38,7 +38,8 @@ def writing(folder: Path, contents: Contents, *, room: int) -> Iterator[Writer]:
         "base_model_name_or_path": contents.base and public(contents.base),
         "revision": contents.revision,
         "inference_mode": True,
-        "fan_in_fan_out": contents.transposed,
+        # PEFT warns of it where a method never meets a transposed layer.
+        **({"fan_in_fan_out": contents.transposed} if "transposed_linear" in method.site_kinds else {}),
         "target_modules": sorted(contents.targets or contents.sites),
         "modules_to_save": None,
         **contents.kept_options,
