@@ -251,6 +251,45 @@ def test_it_starts_at_random_or_at_zero() -> None:
     assert torch.equal(logits(zero, input_ids=ids()), logits(LLAMA.build().double(), input_ids=ids()))
 
 
+@pytest.mark.parametrize("start", ["random", "zero"])
+def test_a_projection_is_trained_and_dropped_when_it_is_saved(tmp_path: Path, start: str) -> None:
+    model: Any = LLAMA.build()
+    adapters = ah.adapt(model)
+    options: dict[str, Any] = {"num_virtual_tokens": N, "init_weights": start}
+    method = ah.method("prefix_tuning", **options, prefix_projection=True, encoder_hidden_size=24)
+    adapters.add("a", method, "self_attn")
+    own = N * WIDTH + (24 * WIDTH + 24) + (2 * WIDTH * 24 + 2 * WIDTH)
+    assert adapters.summary().trained == 2 * own
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(adapters.param_groups(lr=1e-2), weight_decay=0.0)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids(), labels=ids()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert not [name for name, p in model.named_parameters() if name in before and torch.equal(p, before[name])]
+    prefixes = []
+    for layer in model.model.layers:
+        p = layer.self_attn.adapters.a
+        prefixes.append((torch.tanh(p.E @ p.W1.T + p.b1) @ p.W2.T + p.b2).detach())
+    adapters.save("a", tmp_path / "a")
+    saved = load_file(tmp_path / "a/adapter_model.safetensors")["prompt_embeddings"]
+    torch.testing.assert_close(saved, torch.cat(prefixes, dim=1), rtol=0, atol=1e-6)
+    got = logits(model, input_ids=ids())
+    torch.testing.assert_close(logits(load_peft(tmp_path / "a", LLAMA), input_ids=ids()), got, rtol=0, atol=1e-6)
+    again = LLAMA.build()
+    others = ah.adapt(again)
+    others.load(tmp_path / "a", "a")
+    torch.testing.assert_close(logits(again, input_ids=ids()), got, rtol=0, atol=1e-6)
+    assert others.summary().trained == 2 * N * 2 * WIDTH
+    value = ah.load(tmp_path / "a").single
+    assert value is not None
+    assert value.own.method == ah.method("prefix_tuning", **options)
+
+
 # What is refused --------------------------------------------------------------------------------------------
 
 
@@ -299,8 +338,9 @@ def test_attention_that_is_not_known_is_refused() -> None:
     other.config._attn_implementation = "flex_attention"
     with pytest.raises(ah.AdapterError, match=r"'flex_attention', which no prefix was tried with; call model.set_attn"):
         other.model.layers[0].self_attn(hidden_states=torch.ones(1, 2, 64).double(), position_embeddings=None)
-    with pytest.raises(ah.ConfigError, match="num_virtual_tokens=0 is not positive"):
-        ah.method("prefix_tuning", num_virtual_tokens=0)
+    for option in ("num_virtual_tokens", "encoder_hidden_size"):
+        with pytest.raises(ah.ConfigError, match=f"{option}=0 is not positive"):
+            ah.method("prefix_tuning", **{option: 0})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ The input's positions do not move, and a cache holds nothing of the prefix.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from adapterhub_lite import ConfigError, Method, Params, hookimpl
@@ -27,7 +27,9 @@ class PrefixTuning(Method):
     """Trained keys and values in front of those of every attention layer (https://arxiv.org/abs/2101.00190).
 
     Options: `num_virtual_tokens`, how many; `init_weights`: "random" draws them from a normal distribution, as PEFT
-    does, "zero" lets them begin at zero, where they are no information but still take a part of the attention.
+    does, "zero" lets them begin at zero, where they are no information but still take a part of the attention;
+    `prefix_projection`: train them through a network of one hidden layer, `encoder_hidden_size` wide, which is dropped
+    when they are saved.
     """
 
     name = "prefix_tuning"
@@ -39,11 +41,14 @@ class PrefixTuning(Method):
 
     num_virtual_tokens: int = 20
     init_weights: Literal["random", "zero"] = "random"
+    prefix_projection: bool = False
+    encoder_hidden_size: int = 512
 
     def check(self) -> None:
-        if self.num_virtual_tokens < 1:
-            what = f"method {self.name!r}: num_virtual_tokens={self.num_virtual_tokens} is not positive"
-            raise ConfigError(what, fix="give a number >= 1")
+        for option in ("num_virtual_tokens", "encoder_hidden_size"):
+            if getattr(self, option) < 1:
+                what = f"method {self.name!r}: {option}={getattr(self, option)} is not positive"
+                raise ConfigError(what, fix="give a number >= 1")
 
     @property
     def identity_at_init(self) -> bool:
@@ -55,17 +60,45 @@ class PrefixTuning(Method):
         import torch
         from torch import nn
 
-        shape = (self.num_virtual_tokens, 2 * site.shape[0])
-        start = torch.zeros(shape) if self.init_weights == "zero" else torch.randn(shape, generator=rng)
-        return {"prefix": nn.Parameter(start)}  # keys and values side by side
+        n, width, hidden = self.num_virtual_tokens, site.shape[0], self.encoder_hidden_size
+        zero = self.init_weights == "zero"
+        if not self.prefix_projection:
+            shape = (n, 2 * width)  # keys and values side by side
+            return {"prefix": nn.Parameter(torch.zeros(shape) if zero else torch.randn(shape, generator=rng))}
+
+        def uniform(*shape: int, into: int) -> nn.Parameter:  # as torch's linear layers begin
+            return nn.Parameter((torch.rand(shape, generator=rng) * 2 - 1) / into**0.5)
+
+        start = {
+            "E": nn.Parameter(torch.randn(n, width, generator=rng)),
+            "W1": uniform(hidden, width, into=width),
+            "b1": uniform(hidden, into=width),
+            "W2": uniform(2 * width, hidden, into=hidden),
+            "b2": uniform(2 * width, into=hidden),
+        }
+        return {
+            name: nn.Parameter(torch.zeros_like(t)) if zero and name in ("W2", "b2") else t for name, t in start.items()
+        }
+
+    def prefix(self, p: Params) -> Tensor:
+        """Keys and values (n, 2 width), side by side."""
+        if not self.prefix_projection:
+            return p["prefix"]
+        return (p["E"] @ p["W1"].mT + p["b1"]).tanh() @ p["W2"].mT + p["b2"]
 
     def before(
         self, p: Params, args: tuple[Any, ...], kwargs: dict[str, Any], site: Site
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        keys, values = p["prefix"].chunk(2, dim=-1)  # (n, width)
+        keys, values = self.prefix(p).chunk(2, dim=-1)  # (n, width)
         return cast("AttentionSite", site).put_before(keys, values, args, kwargs)
 
     # On disk ----------------------------------------------------------------------------------------
+
+    def as_saved(self) -> Self:
+        return replace(self, prefix_projection=False, encoder_hidden_size=type(self).encoder_hidden_size)
+
+    def pack(self, p: Params) -> Mapping[str, Tensor]:
+        return {"prefix": self.prefix(p)}
 
     def peft_keys(self) -> Mapping[str, Mapping[str, str]]:
         return {"": {"prefix": "prompt_embeddings"}}
