@@ -123,7 +123,9 @@ class Single(ABC):
         if not self.own.method.defines("delta"):
             raise NotMergeable(
                 f"{self.name}: a {self.own.method.name!r} adapter is no change of weights, so it has no sums",
-                fix="weigh adapters on a live model, with adapters.load() and adapters.activate()",
+                fix="activate one at a time on a live model"
+                if self.own.method.wraps_call
+                else "weigh adapters on a live model, with adapters.load() and adapters.activate()",
             )
         self._check_known(site)
         outline = self.own.method.at(site).outline(self.own.sites[site].shapes)
