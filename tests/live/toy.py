@@ -33,11 +33,11 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("prefix_tuning", {"num_virtual_tokens": 3}),
 )
 RATES = {"prompt_tuning": 0.3, "prefix_tuning": 0.1}  # prompts begin at numbers of size 1
-TARGETS = {  # all-linear for others
-    "bottleneck": ["self_attn", "mlp"],  # the former gives a tuple
-    "ln_tuning": "all",
-    "prompt_tuning": "model",
-    "prefix_tuning": "self_attn",
+TARGETS: dict[str, Any] = {  # of methods that adapt no linear layer, by the kind that they do
+    "block": ["self_attn", "mlp"],  # one gives a tuple, the other a tensor
+    "decoder": ["model"],
+    "attention": ["self_attn"],
+    "norm": "all",
 }
 every_method = pytest.mark.parametrize(
     "method", METHODS, ids=lambda m: "-".join([m[0], *(str(v) for v in m[1].values() if isinstance(v, str))])
@@ -71,7 +71,9 @@ def adapted(method: tuple[str, dict[str, Any]], dtype: torch.dtype = torch.float
 
 
 def targets(method: tuple[str, dict[str, Any]]) -> Any:
-    return TARGETS.get(method[0], "all-linear")
+    """All linear layers, for a method that adapts any."""
+    kinds = ah.method(method[0]).site_kinds
+    return "all-linear" if "linear" in kinds else next(names for kind, names in TARGETS.items() if kind in kinds)
 
 
 def merges(method: tuple[str, dict[str, Any]]) -> bool:
