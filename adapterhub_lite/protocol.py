@@ -208,6 +208,10 @@ class Method:
 
     # On disk: PEFT's layout ------------------------------------------------------------------------
 
+    def as_saved(self) -> Self:
+        """The method that a file has: without the options that tell only how it is trained."""
+        return self
+
     def pack(self, p: Params) -> Mapping[str, Tensor]:
         """The tensors of a site as they are saved: those of `p`, rearranged, no number changed."""
         return p

@@ -123,7 +123,9 @@ class Single(ABC):
         if not self.own.method.defines("delta"):
             raise NotMergeable(
                 f"{self.name}: a {self.own.method.name!r} adapter is no change of weights, so it has no sums",
-                fix="weigh adapters on a live model, with adapters.load() and adapters.activate()",
+                fix="activate one at a time on a live model"
+                if self.own.method.wraps_call
+                else "weigh adapters on a live model, with adapters.load() and adapters.activate()",
             )
         self._check_known(site)
         outline = self.own.method.at(site).outline(self.own.sites[site].shapes)
@@ -185,12 +187,13 @@ class Held(Single):
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         """`params` are each site's own tensors, `shared` those that they have in common."""
+        self._method = method
         self._sites, self._shared = sites, {name: t.detach() for name, t in (shared or {}).items()}
         self._params = {n: Params({key: t.detach() for key, t in p.items()}) for n, p in params.items()}
         self.own = Contents(
-            method,
+            method.as_saved(),
             {
-                name: SiteContents(site.kind, site.weight_shape, site.shape, _planned(self.saved(name, method)))
+                name: SiteContents(site.kind, site.weight_shape, site.shape, _planned(self.saved(name)))
                 for name, site in sites.items()
             },
             base=base,
@@ -199,14 +202,15 @@ class Held(Single):
             facts=facts or {},
         )
 
-    def saved(self, site: str, method: Method | None = None) -> Params:
-        own = self._params[site]
-        return Params((method or self.own.method).at(site).pack(own))
+    def saved(self, site: str) -> Params:
+        return Params(self._method.at(site).pack(self._params[site]))
 
     def saved_shared(self) -> Mapping[str, Tensor]:
         return {name: self._shared[name] for name in self.own.shared}
 
     def params(self, site: str, place: Site | None = None) -> Params:
+        if self.own.method is not self._method:  # what is kept is for training; the rules are those of what is saved
+            return super().params(site, place)
         return Params({**self._shared, **self._params[site]})
 
     def site(self, name: str) -> Site:

@@ -121,16 +121,16 @@ def bundled() -> dict[str, type[ah.Method]]:
 
 
 def left_out() -> dict[str, str]:
-    """The methods that are not measured, and why: they declare that they adapt neither layers nor blocks nor norms."""
+    """The methods that are not measured, and why: they declare that they wrap the call of a part of a transformer."""
     return {
-        name: f"adapts no single layer: {', '.join(sorted(cls.site_kinds))}"
+        name: f"wraps the call of a whole {' or '.join(sorted(cls.site_kinds))}"
         for name, cls in bundled().items()
-        if not cls.site_kinds & {"linear", "block", "norm"}
+        if cls.wraps_call
     }
 
 
 def everything() -> dict[str, dict[str, float]]:
-    """The figures of full fine-tuning and of every bundled method that adapts layers."""
+    """The figures of full fine-tuning and of every bundled method but those left out."""
     measured = [name for name in bundled() if name not in left_out()]
     return {name or "full fine-tuning": measure(name) for name in (None, *measured)}
 

@@ -72,7 +72,10 @@ def test_lora_is_skipped_only_where_it_says_so() -> None:
         assert skipped == RULES_IT_LACKS | random
 
 
-WHOLE_MODELS = {"decoder"}  # kinds that take a model of transformers: the tests of their methods have such ones
+WHOLE_MODELS = {
+    "attention",
+    "decoder",
+}  # kinds of parts of a transformers model: the tests of their methods have such ones
 
 
 def test_every_bundled_site_kind_has_an_example_of_awkward_shape() -> None:

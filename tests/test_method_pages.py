@@ -56,6 +56,7 @@ ELSEWHERE: set[tuple[str, str]] = {
     ("bottleneck", "around a norm, whose input is x"),
     ("ln_tuning", ""),
     ("prompt_tuning", ""),
+    ("prefix_tuning", ""),
 }
 
 

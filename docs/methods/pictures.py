@@ -153,6 +153,18 @@ PICTURES = {
         },
         note=("What comes out for P is dropped.",),
     ),
+    "prefix_tuning": Picture(
+        "Prefix tuning: trained keys and values in front of those of every attention layer",
+        "h = softmax(Q [P_k; K]ᵀ / √d) [P_v; V]",
+        {
+            "": (
+                Matrix("W_k", "d", "k", FROZEN, "and W_v"),
+                KEPT,
+                Vector("‖", "P_k, P_v", "2 n × d", note="in front"),
+                Matrix("Q", "n", "d", COMPUTED, "attention"),
+            )
+        },
+    ),
 }
 
 if __name__ == "__main__":

@@ -30,11 +30,13 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ln_tuning", {}),
     ("bottleneck", {"reduction_factor": 4, "placement": "parallel", "scaling": "learned", "non_linearity": "gelu"}),
     ("prompt_tuning", {"num_virtual_tokens": 5}),
+    ("prefix_tuning", {"num_virtual_tokens": 3}),
 )
-RATES = {"prompt_tuning": 0.3}  # the paper's, and a hundred times that of other methods
+RATES = {"prompt_tuning": 0.3, "prefix_tuning": 0.1}  # prompts begin at numbers of size 1
 TARGETS: dict[str, Any] = {  # of methods that adapt no linear layer, by the kind that they do
     "block": ["self_attn", "mlp"],  # one gives a tuple, the other a tensor
     "decoder": ["model"],
+    "attention": ["self_attn"],
     "norm": "all",
 }
 every_method = pytest.mark.parametrize(

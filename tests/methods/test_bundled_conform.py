@@ -31,6 +31,8 @@ m = ah.method
     m("bitfit"),
     m("ln_tuning"),
     m("prompt_tuning", num_virtual_tokens=3),
+    m("prefix_tuning", num_virtual_tokens=3),
+    m("prefix_tuning", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=5),
 )
 def test_conforms(method: Method, check: Check) -> None:
     check(method)
