@@ -159,11 +159,11 @@ PICTURES = {
         {
             "": (
                 Matrix("W_k", "d", "k", FROZEN, "and W_v"),
-                KEPT,
                 Vector("‖", "P_k, P_v", "2 n × d", note="in front"),
-                Matrix("Q", "n", "d", COMPUTED, "attention"),
+                Function("attention"),
             )
         },
+        note=("The queries are those of the base, and the input keeps its positions.",),
     ),
 }
 
