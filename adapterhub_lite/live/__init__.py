@@ -31,6 +31,7 @@ from .tree import (
     common_of,
     detach,
     freeze,
+    settle,
     share,
     slots,
     state_of,
@@ -253,6 +254,7 @@ class Adapters:
             share(self.model, name, common)
         for part in parts:
             attach(part, name)
+        settle(self.model)
         state.methods[name] = method
         self._switch(state.active if len(state.methods) > 1 else {name: 1.0})
 

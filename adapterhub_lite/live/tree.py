@@ -182,7 +182,7 @@ def _adapted(
     for part, weight in steps:
         if part.method.defines("before"):  # it has its own call of the layer
             own, named = part.before(args, kwargs)
-            theirs = part.site.hidden(module.forward(*own, **named))
+            theirs = part.site.hidden(part.site.call(own, named))
             y_i = part.adapted(own[0] if own else next(iter(named.values())), theirs)
         else:
             y_i = part.adapted(x, y)
@@ -231,6 +231,12 @@ def thaw(model: nn.Module) -> None:
         model.get_parameter(name).requires_grad_(True)
     delattr(model, STATE)
     _tell_kinds(model, "leave")
+
+
+def settle(model: nn.Module) -> None:
+    """What site kinds put on the base's layers comes behind all other hooks again."""
+    _tell_kinds(model, "leave")
+    _tell_kinds(model, "enter")
 
 
 def _tell_kinds(model: nn.Module, what: str) -> None:

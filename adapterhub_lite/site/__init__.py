@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import AdapterError, ConfigError, NotMergeable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
     from ..delta import Delta
@@ -54,11 +56,14 @@ class Site:
 
     @classmethod
     def enter(cls, module: nn.Module) -> None:
-        """What a module of this kind needs when its model is adapted, whether it gets an adapter or not."""
+        """What a module of this kind needs while its model has adapters, whether it gets one or not.
+
+        Called behind all other hooks: once more, after `leave`, when an adapter is added.
+        """
 
     @classmethod
     def leave(cls, module: nn.Module) -> None:
-        """Undo `enter`, when the last adapter is removed."""
+        """Undo `enter`."""
 
     @classmethod
     def stored(cls, module: nn.Module) -> tuple[int, int] | None:
@@ -125,6 +130,10 @@ class Site:
     def unfold(self, weight: Tensor) -> Tensor:
         """The layer's own layout to matrix form (out, in); the inverse of `fold`."""
         raise _missing(type(self), "unfold")
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the module gives for these arguments, with gradients and without hooks."""
+        return self._live().forward(*args, **kwargs)
 
     def apply(self, delta: Delta, x: Tensor) -> Tensor:
         """What ΔW adds to the layer's output for input x; a low-rank ΔW is never written out."""

@@ -3,14 +3,17 @@
 A weight is a code of four bits, one of 16 values, times the largest absolute value of its block of 64; those are
 themselves stored in eight bits (double quantisation) or as they are.
 
-On processors with AVX512-BF16 bitsandbytes rearranges a layer when it is called in eval mode without gradients. Its own
-dequantisation then gives garbage, and its next call passes no gradient on to its input, without a word. So `weight`
-knows both arrangements, and the layers of an adapted model are not rearranged.
+On processors with AVX512-BF16 bitsandbytes rearranges a layer when it is called in eval mode without gradients. From
+then on its own dequantisation gives garbage, no gradient passes through the layer, without a word, and `state_dict`
+rounds its scales anew. So `weight` knows both arrangements, and in an adapted model what was there is kept, and put
+back where gradients or the state are asked for.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +25,9 @@ from . import Site
 from .linear import LinearSite
 
 ROWS = 32  # that the rearrangement for AVX512-BF16 takes together
-FAST = "support_avx512bf16_for_cpu"  # bitsandbytes' flag of a layer: whether it may be rearranged
+PACKED = "packing_format_for_cpu"  # bitsandbytes' mark of the other arrangement
+KEPT = "adapters_kept"  # ours: the codes and the state from before
+GUARDS = "_adapters_guards"  # ours, of the layer: hooks to be removed
 
 
 class QuantisedLinearSite(LinearSite):
@@ -44,6 +49,12 @@ class QuantisedLinearSite(LinearSite):
             raise ConfigError(
                 "the weight has not been quantised yet", where=name, fix="move the model to its device first"
             )
+        if not getattr(state, PACKED, False) and state.absmax.ndim != 1:
+            raise ConfigError(
+                "bitsandbytes mixed up its scales when state_dict() was called after an evaluation",
+                where=name,
+                fix="load the model again, and adapt it before it is evaluated",
+            )
         if module.get_parameter("weight").device.type == "cpu" and state.shape[1] % state.blocksize:
             raise ConfigError(
                 f"bitsandbytes computes wrong outputs on the CPU where the inputs, here {state.shape[1]}, are no "
@@ -58,23 +69,21 @@ class QuantisedLinearSite(LinearSite):
 
     @classmethod
     def enter(cls, module: nn.Module) -> None:
-        """Undo the rearrangement if the layer was called before, and have it never done again."""
-        state = _state(module)
-        if getattr(state, "packing_format_for_cpu", False):
-            module.state_dict()  # bitsandbytes' own way back
-        if getattr(module, FAST, False):
-            setattr(module, FAST, False)
-            module.__dict__["_was_fast"] = True
+        module.__dict__[GUARDS] = (
+            module.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            module.register_state_dict_pre_hook(_before_state_dict),
+        )
 
     @classmethod
     def leave(cls, module: nn.Module) -> None:
-        if module.__dict__.pop("_was_fast", False):
-            setattr(module, FAST, True)
+        for guard in module.__dict__.pop(GUARDS, ()):
+            guard.remove()
+        _before_state_dict(module)
 
     @classmethod
     def stored(cls, module: nn.Module) -> tuple[int, int]:
-        state, weight = _state(module), module.get_parameter("weight")
-        parts = [weight, state.absmax]
+        codes, state = _kept(module)
+        parts = [codes, state.absmax]
         if state.nested:
             parts += [state.state2.absmax, state.offset]
         return state.shape.numel(), sum(t.numel() * t.element_size() for t in parts)
@@ -87,12 +96,11 @@ class QuantisedLinearSite(LinearSite):
 
     @property
     def weight(self) -> Tensor:
-        module = self._live()
-        state = _state(module)
-        packed = module.get_parameter("weight").detach().view(torch.uint8).flatten()  # two codes in each byte
+        data, state = _kept(self._live())
+        packed = data.detach().view(torch.uint8).flatten()  # two codes in each byte
         out, into = state.shape
         absmax = state.absmax  # one for each block
-        if getattr(state, "packing_format_for_cpu", False):  # rows lie in groups of ROWS, and a byte has codes of two
+        if getattr(state, PACKED, False):  # rows lie in groups of ROWS, and a byte has codes of two
             codes = torch.cat([c.reshape(-1, ROWS) for c in (packed & 15, packed >> 4)], dim=1)  # (…, 2 · ROWS)
             codes = codes.reshape(out // ROWS, into // 2, ROWS, 2).transpose(1, 2)
             absmax = absmax.mT  # (out, blocks of a row), in bfloat16
@@ -107,6 +115,10 @@ class QuantisedLinearSite(LinearSite):
         weight: Tensor = (values * blocks).reshape(out, into)
         return weight
 
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        _before_forward(self._live(), args, dict(kwargs))
+        return super().call(args, kwargs)
+
     def fold(self, matrix: Tensor) -> Tensor:
         raise NotMergeable("four bits hold no sum", where=self.name, fix="merge into the full-precision base instead")
 
@@ -119,9 +131,52 @@ class QuantisedLinearSite(LinearSite):
         return layer.train(self._live().training)
 
 
-def _state(module: nn.Module) -> Any:
+def _state(module: Any) -> Any:
     """What bitsandbytes knows of the weight; None before it is quantised."""
-    return getattr(module.get_parameter("weight"), "quant_state", None)
+    state = getattr(module.weight, "quant_state", None)
+    return getattr(module, "quant_state", None) if state is None else state
+
+
+def _kept(module: Any) -> tuple[Tensor, Any]:
+    """The codes and the state as they were quantised, if they were kept; else those that there are."""
+    state = _state(module)
+    if not hasattr(state, KEPT):
+        return module.weight.data, state
+    codes, kept = getattr(state, KEPT)
+    kept.to(module.weight.device)
+    return codes.to(module.weight.device), kept
+
+
+def _before_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep what a call would rearrange, and put it back before one that gradients are to pass through."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    state = _state(module)
+    if getattr(state, PACKED, False):
+        if module.training or (torch.is_grad_enabled() and x.requires_grad):
+            _put_back(module)
+    elif state is not None and not module.training and not x.requires_grad:
+        # It writes into the state, which a backward pass that is yet to come may need as it is.
+        vars(state).pop(KEPT, None)
+        other = copy.copy(state)
+        setattr(other, KEPT, (module.weight.data, state))
+        module.weight.quant_state = module.quant_state = other
+
+
+def _before_state_dict(module: Any, *_: Any) -> None:
+    if hasattr(_state(module), KEPT):
+        _put_back(module)
+
+
+def _put_back(module: Any) -> None:
+    """The first arrangement again."""
+    codes, state = _kept(module)
+    if getattr(state, PACKED, False):  # since before there were adapters: the scales stay as they were rounded then
+        state = copy.copy(state)
+        state.original_nested = False
+        absmax = state.absmax.mT.reshape(-1).float()  # one for each block
+        codes, state = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse(codes, state)
+        state.absmax = absmax
+    module.weight.data, module.weight.quant_state, module.quant_state = codes, state, state
 
 
 @hookimpl
