@@ -163,7 +163,7 @@ PICTURES = {
                 Function("attention"),
             )
         },
-        note=("The queries are those of the base, and the input keeps its positions.",),
+        note=("The queries are those of the base.", "The input keeps its positions."),
     ),
 }
 
