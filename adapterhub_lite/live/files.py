@@ -94,13 +94,12 @@ def _sites(model: nn.Module, contents: Contents, ref: object) -> dict[str, Site]
     modules = dict(base_modules(model))
     places = _counted(model, contents, ref) if contents.numbered else {name: name for name in contents.sites}
     if missing := [name for name in places.values() if name not in modules]:
+        kinds = kinds_for(contents.method)
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UnknownName(
             f"adapts a module {missing[0]!r}{more}, which the model does not have",
             where=ref,
-            fix=nearest(
-                missing[0], [n for n, module in modules.items() if kind_of(module, kinds_for(contents.method))]
-            ),
+            fix=nearest(missing[0], [n for n, module in modules.items() if kind_of(module, kinds)]),
         )
     sites = {}
     for own, part in contents.sites.items():

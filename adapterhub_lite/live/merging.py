@@ -31,7 +31,8 @@ def merge(model: nn.Module) -> None:
                 fix="leave the adapter unmerged",
             )
         if slot.steps:
-            site, matrices = slot.steps[0].part.site, _matrices(slot.steps[0].part.site, slot.steps)
+            site = slot.steps[0].part.site
+            matrices = _matrices(site, slot.steps)
             stand_in = site.stand_in(matrices["weight"], matrices.get("bias", site.bias))
             if stand_in is not None:
                 stand_ins.append((slot, stand_in))

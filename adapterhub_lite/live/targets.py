@@ -130,7 +130,8 @@ def _excluded(name: str, exclude: Sequence[str]) -> bool:
 def _words_for(word: str, modules: Mapping[str, nn.Module], method: Method | None = None) -> set[str]:
     """What a misspelt word may have meant: ends of names, with as many dots."""
     if method is not None:
-        modules = {n: m for n, m in modules.items() if kind_of(m, kinds_for(method))}
+        kinds = kinds_for(method)
+        modules = {n: m for n, m in modules.items() if kind_of(m, kinds)}
     return {".".join(name.split(".")[-1 - word.count(".") :]) for name in modules if name}
 
 

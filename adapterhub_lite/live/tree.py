@@ -217,7 +217,6 @@ def freeze(model: nn.Module) -> State:
     for name, p in model.named_parameters():
         if is_lazy(p):
             raise ConfigError("the parameter has no shape yet", where=name, fix="call the model once")
-    _tell_kinds(model, "enter")
     state = State(tuple(name for name, p in model.named_parameters() if p.requires_grad))
     setattr(model, STATE, state)
     for name in state.trainable:

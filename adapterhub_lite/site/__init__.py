@@ -1,8 +1,8 @@
 """A site: one layer of a base model, and how a weight change is seen through it.
 
 A method states ΔW in matrix form (out, in) and knows no layer types; a site kind knows
-its layer and no methods. Kinds are plugins too: `linear`, `conv`, `embedding`, `norm`
-and `block` beside this file come in through the hook `site_kinds`. Only they import torch.
+its layer and no methods. Kinds are plugins too: the files beside this one come in through
+the hook `site_kinds`. Only they import torch.
 """
 
 from __future__ import annotations
