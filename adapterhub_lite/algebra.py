@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor
 
+from adapterhub_lite import rounding
 from adapterhub_lite.delta import Delta, Dense, LowRank, Sparse
 from adapterhub_lite.errors import ConfigError, NotMergeable
 
@@ -333,22 +334,8 @@ def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         raise NotMergeable(f"the factors are not finite in {dtype}", fix="choose a wider type")
     if x.dtype == dtype or torch.equal(new.to(x.dtype), x):
         return new, None
-    new = _round_once(_f64(x), dtype)
+    new = rounding.nearest(_f64(x), dtype)
     return new, _f64(new) - _f64(x)
-
-
-def _round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 to `dtype`, correctly rounded (but for bfloat16's subnormals, below 1e-38).
-
-    torch reaches types of under 32 bits by way of float32, and so rounds twice. Here the
-    29 bits that float32 lacks are first rounded to odd: the lowest bit kept says whether
-    any of them was set, float32 holds the result exactly, and one rounding is left.
-    """
-    if dtype.itemsize >= 4:
-        return x.to(dtype)
-    bits, lacking = x.view(torch.int64), (1 << 29) - 1
-    odd = (bits & lacking).add_(lacking).bitwise_or_(bits).bitwise_and_(~lacking)
-    return odd.view(torch.float64).to(dtype)
 
 
 def _svd(x: Delta) -> tuple[Tensor, Tensor, Tensor]:
