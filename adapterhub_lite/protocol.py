@@ -175,6 +175,13 @@ class Method:
             return weight, bias
         return weight, b.to(weight.dtype) if bias is None else bias + b.to(bias.dtype)
 
+    def rows(self, p: Params, start: int, stop: int, site: Site) -> Params | None:
+        """The tensors of a layer that has but these outputs of the site's: with them, `merge` gives these rows.
+
+        So a large layer is merged piece by piece. None where what `merge` gives for a row depends on other rows.
+        """
+        return None
+
     def groups(self, params: Mapping[str, Sequence[nn.Parameter]], lr: float) -> list[dict[str, Any]]:
         """Optimizer groups from all trained parameters, by name. Each must be in exactly one group."""
         return [{"params": [p for ps in params.values() for p in ps], "lr": lr}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+
 def nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
     """float64 to `dtype`, correctly rounded, ties to even.
 

@@ -33,7 +33,14 @@ _ATTEMPTS = 100
 
 
 @contextlib.contextmanager
-def staged(out: Path, *, force: bool = False, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
+def staged(
+    out: Path,
+    *,
+    force: bool = False,
+    replaceable: Callable[[Path], bool],
+    keep: Callable[[Path], bool] | None = None,
+    resume: bool = False,
+) -> Iterator[Path]:
     """A temporary folder beside `out` to write into; it becomes `out` when the block ends.
 
     If the block raises, or anything after it fails, the temporary folder is removed and
@@ -42,6 +49,10 @@ def staged(out: Path, *, force: bool = False, replaceable: Callable[[Path], bool
 
     A killed process leaves `out` either old or new; what else it leaves is removed
     by the next call for the same parent folder.
+
+    With `keep`, what a run that failed or was killed had written may be used again:
+    its folder stays if `keep(folder)`, and is given to the next run for the same
+    `out` that wants to `resume`; any other such run removes it.
     """
     if "\0" in str(out) or Path(out).name in ("", ".."):
         raise FileError("this cannot be the name of a new folder", where=out, fix="name the folder itself")
@@ -53,7 +64,8 @@ def staged(out: Path, *, force: bool = False, replaceable: Callable[[Path], bool
             _make_parents(out.parent, made)
             _sweep(out.parent)
             _occupied(out, force, replaceable)
-            with _fresh_folder(out, made) as temp:
+            opened = _fresh_folder(out, made) if keep is None else _lasting_folder(out, made, keep, resume)
+            with opened as temp:
                 yield temp
                 _sync_tree(temp)
                 _commit(temp, out, made, force, replaceable)
@@ -135,6 +147,44 @@ def _fresh_folder(out: Path, made: list[Path]) -> Iterator[Path]:
                     return
         finally:
             _discard(temp)
+    raise FileError("no temporary folder could be made beside it", where=out, fix="choose another folder")
+
+
+def unfinished(out: Path) -> Path:
+    """Where a run with `keep` that writes `out` has its folder."""
+    out = Path(out).absolute()
+    return out.with_name(f".{out.name}.adapter-part")
+
+
+@contextlib.contextmanager
+def _lasting_folder(out: Path, made: list[Path], keep: Callable[[Path], bool], resume: bool) -> Iterator[Path]:
+    """The folder that a dead run left for `out`, emptied unless to `resume`; locked during the block."""
+    temp = unfinished(out)
+    for _ in range(_ATTEMPTS):
+        try:
+            temp.mkdir()
+        except FileExistsError:
+            if temp.is_symlink() or not temp.is_dir():
+                raise FileError("is in the way, and no folder of ours", where=temp, fix="remove it") from None
+        except FileNotFoundError:  # a failed run removed the parents that it had made
+            _make_parents(out.parent, made)
+            continue
+        with _locked(temp) as held:
+            if held is False:
+                if temp.is_dir():
+                    raise FileError("another run is writing it", where=out, fix="wait for that one, or stop it")
+                continue  # that one has just ended
+            if not resume:
+                for path in list(temp.iterdir()):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            try:
+                yield temp
+            except BaseException:
+                if not keep(temp):
+                    _discard(temp)
+                raise
+            _discard(temp)
+            return
     raise FileError("no temporary folder could be made beside it", where=out, fix="choose another folder")
 
 

@@ -29,6 +29,8 @@ class Site:
     kind: ClassVar[str]
     general: ClassVar[bool] = False
     """Whether it takes modules of any class: then it is asked last."""
+    by_inputs: ClassVar[bool] = False
+    """Whether the stored weight has a row for each input, not for each output."""
 
     name: str  # the module's path in the base model
     weight_shape: tuple[int, ...]  # as the layer stores it
@@ -122,6 +124,12 @@ class Site:
     def fold(self, matrix: Tensor) -> Tensor:
         """Matrix form (out, in) back to the layer's own layout."""
         raise _missing(type(self), "fold")
+
+    def narrow(self, outputs: int) -> Site:
+        """The site of a layer that has so many outputs and is like this one else, without a module."""
+        shape, axis = list(self.weight_shape), 1 if self.by_inputs else 0
+        shape[axis] = outputs
+        return type(self)(self.name, tuple(shape))
 
     def stand_in(self, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
         """A layer with the merged weight (out, in) and bias (out,), where this one cannot hold them; else None."""

@@ -15,6 +15,7 @@ class EmbeddingSite(Site):
     """The weight is (vocabulary, dim); the matrix form is its transpose, out = dim and in = vocabulary."""
 
     kind = "embedding"
+    by_inputs = True
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

@@ -52,6 +52,7 @@ class TransposedLinearSite(LinearSite):
     """`transformers.pytorch_utils.Conv1D` (GPT-2): a linear layer that stores (in, out)."""
 
     kind = "transposed_linear"
+    by_inputs = True
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

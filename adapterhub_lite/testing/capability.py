@@ -15,6 +15,10 @@ def has_merge(method: Method) -> str | None:
     return "defines neither delta() nor merge()"
 
 
+def has_rows(method: Method) -> str | None:
+    return None if method.defines("rows") else "defines no rows()"
+
+
 def has_shared(method: Method) -> str | None:
     return None if method.defines("shared") else "defines no shared()"
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import NotMergeable
 from ..protocol import Method
-from .capability import has_merge
+from .capability import has_merge, has_rows
 from .check import CheckSkipped, check, require, within
 from .zoo import Cell, bits, cells, changed, difference, each_cell, examples, has_example
 
@@ -47,6 +48,27 @@ def merge_is_pure(method: Method) -> str:
             fix="keep nothing between calls",
         )
     return ""
+
+
+@check(has_example, has_merge, has_rows)
+def merge_goes_by_rows(method: Method) -> str:
+    """`merge` with the tensors that `rows` gives for some of the outputs gives those rows of the whole."""
+    tried = 0
+    for cell in each_cell(method):
+        whole, out = _result(cell, _given(cell)), cell.site.shape[0]
+        for start, stop in ((0, 1), (1, out), (out // 2, out)):
+            p = cell.method.rows(cell.p, start, stop, cell.site)
+            if p is None:
+                continue
+            tried += 1
+            given = {key: t[start:stop] if key.startswith("base ") else t for key, t in _given(cell).items()}
+            piece = _result(replace(cell, own=p, shared={}, site=cell.site.narrow(stop - start)), given)
+            for name, part in piece.items():
+                off = difference(part, whole[name][start:stop])
+                fix = "slice what belongs to outputs, or return None"
+                within(off, EXACT, f"rows {start} to {stop} merged alone have another {name}, in a {cell}", fix=fix)
+    require(tried > 0, "rows gave None for all layers", fix="leave it undefined")
+    return f"{tried} pieces"
 
 
 @check(has_example)
@@ -126,4 +148,4 @@ def _belongings(module: nn.Module) -> set[str]:
     return {*module.__dict__, *module._buffers, *module._modules, *(f"hook {i + 1}" for i in range(hooks))}
 
 
-CHECKS = (merge_equals_forward, merge_is_pure, base_untouched)
+CHECKS = (merge_equals_forward, merge_is_pure, merge_goes_by_rows, base_untouched)

@@ -315,6 +315,14 @@ class TorchtuneDoraBias(Scaling):
         return super().merge(p, weight, bias, site)[0], bias
 
 
+@trips("merge_goes_by_rows")
+class RowsFromTheTop(Scaling):
+    """Takes as many of the factors as there are rows, and always the first."""
+
+    def rows(self, p: Params, start: int, stop: int, site: Site) -> Params:
+        return Params({"l": p["l"][: stop - start]})
+
+
 @trips("merge_equals_forward", "two_adapters_add_up")
 class LycorisDoubleScale(Sound):
     """Multiplies by α/r once more in merge, as LyCORIS's LoHa and LoKr did."""

@@ -22,12 +22,13 @@ BEFORE = {"before_is_pure", "before_finds_the_input"}
 STEPS = {"step_rules_change_own_tensors", "training_resumes", "penalty_is_differentiable"}
 PACK = {"pack_and_unpack_are_inverse"}
 REFUSES = {"refusals_say_why"}
+ROWS = {"merge_goes_by_rows"}
 CONTROLS = {
-    Sound: SHARED | BEFORE | STEPS | REFUSES,
-    Scaling: SHARED | BEFORE | STEPS | PACK | DELTA | REFUSES,
-    Gating: SHARED | STEPS | PACK | DELTA | REFUSES,
-    Projected: BEFORE | STEPS | {"carries_low_rank"} | REFUSES,
-    Stepping: SHARED | BEFORE | PACK | REFUSES,
+    Sound: SHARED | BEFORE | STEPS | REFUSES | ROWS,
+    Scaling: SHARED | BEFORE | STEPS | PACK | DELTA | REFUSES | ROWS,
+    Gating: SHARED | STEPS | PACK | DELTA | REFUSES | ROWS,
+    Projected: BEFORE | STEPS | {"carries_low_rank"} | REFUSES | ROWS,
+    Stepping: SHARED | BEFORE | PACK | REFUSES | ROWS,
 }
 
 

@@ -98,6 +98,10 @@ class DoRA(LoRA):
         lengths = _lengths(_row_squares(V, V.dtype), _row_squares(weight, V.dtype))  # (out,)
         return (p["m"].flatten().to(V.dtype) / lengths)[:, None] * V, bias
 
+    def rows(self, p: Params, start: int, stop: int, site: Site) -> Params:
+        own = {name: t[start:stop] for name, t in p.items() if name in ("B", "B0")}
+        return Params({**p, **own, "m": p["m"].flatten()[start:stop]})
+
     def tensor_shapes(
         self, kind: str, shape: tuple[int, int], kernel: tuple[int, ...]
     ) -> Mapping[str, tuple[int, ...]]:

@@ -76,10 +76,16 @@ class IA3(Method):
     def merge(self, p: Params, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         l = p["l"].flatten().to(weight.dtype)  # noqa: E741  # (out,) or (channels in,)
         if self.feedforward:
-            g, k = _groups(site), math.prod(site.kernel)
+            k = math.prod(site.kernel)
+            g = len(l) * k // weight.shape[1]  # groups, 1 but for convolutions
             rows = l.reshape(g, -1).repeat_interleave(k, dim=1)  # (groups, in): what the rows of each group see
             return weight * rows.repeat_interleave(len(weight) // g, dim=0), bias  # (out, in)
         return l[:, None] * weight, None if bias is None else l.to(bias.dtype) * bias
+
+    def rows(self, p: Params, start: int, stop: int, site: Site) -> Params | None:
+        if not self.feedforward:
+            return Params({"l": p["l"].flatten()[start:stop]})
+        return p if p["l"].numel() * math.prod(site.kernel) == site.shape[1] else None  # else each group has its own
 
     # On disk --------------------------------------------------------------------------------------
 
