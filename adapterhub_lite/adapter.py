@@ -121,6 +121,11 @@ class Adapter:
     # What it is -------------------------------------------------------------------------------------
 
     @property
+    def terms(self) -> tuple[tuple[float, Source], ...]:
+        """The weights and what they weigh, those of weight 0 too."""
+        return self._terms
+
+    @property
     def single(self) -> Single | None:
         """The one adapter that it is, with weight 1; None for a sum."""
         weight, only = self._terms[0]

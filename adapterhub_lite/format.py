@@ -5,7 +5,7 @@ Formats are plugins; `adapterhub_lite_plugins.formats.peft` is the one we write 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +109,11 @@ class Format(Protocol):
 
     def files(self, folder: Path) -> list[Path]:
         """The files that make up the adapter."""
+
+    def replaced(
+        self, kept: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> Sequence[tuple[str, Any, tuple[int, ...] | None]]:
+        """What `Contents.kept` stands for: names of the base's tensors, the values, and of which rows (None: all)."""
 
     def writer(self, folder: Path, contents: Contents, *, room: int) -> AbstractContextManager[Writer]:
         """Writes an adapter into an empty folder; `room` bytes are set aside for the facts."""

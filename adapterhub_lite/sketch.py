@@ -33,11 +33,16 @@ def of(weights: Mapping[str, Tensor]) -> Sketch:
     found = {}
     for name, weight in weights.items():
         W = whole(weight)
-        out, into = W.shape
-        places = [(k * 2654435761 + k) % (out * into) for k in range(1, VALUES + 1)]  # Knuth's multiplier scatters them
-        picked = W[[at // into for at in places], [at % into for at in places]].float().tolist()
+        rows, columns = zip(*places(*W.shape), strict=True)
+        picked = W[list(rows), list(columns)].float().tolist()
         found[name] = [float(f"{value:.4g}") for value in picked]
     return found
+
+
+def places(out: int, into: int) -> list[tuple[int, int]]:
+    """Row and column of the values that the sketch of a matrix has."""
+    scattered = [(k * 2654435761 + k) % (out * into) for k in range(1, VALUES + 1)]  # Knuth's multiplier scatters them
+    return [divmod(at, into) for at in scattered]
 
 
 def told(facts: Mapping[str, Any]) -> Sketch:

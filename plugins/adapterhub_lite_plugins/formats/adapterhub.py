@@ -84,6 +84,11 @@ class AdapterHubFormat:
             raise FileError(e.what, where=folder / CONFIG, fix=e.fix or "restore the folder") from None
         return Contents(method=method, sites=sites, base=config.base)
 
+    def replaced(
+        self, kept: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> list[tuple[str, Any, tuple[int, ...] | None]]:
+        return []  # heads are refused
+
     def writer(self, folder: Path, contents: Contents, *, room: int) -> AbstractContextManager[Writer]:
         raise ConfigError("folders of AdapterHub are read and not written", where=folder)
 

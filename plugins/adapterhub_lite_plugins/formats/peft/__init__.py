@@ -6,7 +6,7 @@ the adapter computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from .facts import named, read_facts, with_shape
 from .joined import split_tensors, writing_joined
 from .layout import CONFIG, PICKLE, WEIGHTS, tails
 from .tensors import shared_tensors, sort_tensors
+from .wholes import replaced
 from .writing import writing
 
 
@@ -93,6 +94,11 @@ class PeftFormat:
             transposed=transposed,
             facts=facts,
         )
+
+    def replaced(
+        self, kept: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> list[tuple[str, Any, tuple[int, ...] | None]]:
+        return replaced(kept, options)
 
     def writer(self, folder: Path, contents: Contents, *, room: int) -> AbstractContextManager[Writer]:
         if contents.method.peft_joined is not None:

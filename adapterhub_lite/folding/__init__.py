@@ -1,0 +1,252 @@
+"""Adapters folded into a base model's files, shard by shard: a complete model comes out, and none is ever made.
+
+What is touched is computed in blocks and rounded once; all other bytes are copied. The output appears whole or not at
+all, and what an interrupted run has finished a later one may use.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..base_model import BaseModel
+from ..checkpoint import sha256
+from ..errors import FileError
+from ..staging import staged
+from . import manifest
+from .copying import copied, linked
+from .journal import Journal, begun
+from .manifest import Folded as Folded
+from .planning import Plan as Plan
+from .planning import planned as planned
+from .shards import Done, Job, Shard, fold_shard, lay_out
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+    from ..site import Site
+
+MOST_THREADS = 8  # each has some 30 MB in work
+
+Progress = Callable[[int, int], None]
+
+
+def fold(
+    base: str | os.PathLike[str],
+    adapter: Adapter,
+    out: str | os.PathLike[str],
+    *,
+    at: Mapping[str, Sequence[float]] | None = None,
+    stochastic: int | None = None,
+    link: bool = False,
+    resume: bool = False,
+    force: bool = False,
+    any_base: bool = False,
+    keep: str | None = None,
+    executor: Executor | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Folded:
+    """Write the model in the folder `base`, with `adapter` folded into its weights, to the folder `out`.
+
+    Every touched number is that of W + Σ wᵢ (Wᵢ − W), computed in float64 and rounded once to the base's dtype: to the
+    nearest, or with a seed for `stochastic` to one of its neighbours at random, so that small changes survive on
+    average.
+
+    `at`: weights of the terms, in their order, at the modules that a glob names, instead of the sum's own; where two
+    globs name one module, the later holds. `link`: files without a touched tensor are linked, not copied. `resume`: go
+    on with what an interrupted run of the same work left. `force`: replace an `out` that an earlier call wrote.
+    `any_base`: do not compare the sketches of the base. `keep`: as for `Adapter.save`. `executor`: where the shards are
+    folded, a task each; by default threads of this process. `progress(done, total)` is told bytes.
+
+    Raises `NotMergeable` where no result would be right, `UnknownName` for a site that the base does not have,
+    `FileError` for files that are broken or of another base, and `OutputExists`.
+    """
+    model, out = BaseModel.open(base), Path(out)
+    _refuse_same(out, model.folder)
+    with staged(out, force=force, replaceable=_ours, keep=begun, resume=resume) as folder:
+        plan = planned(model, adapter, at=at, any_base=any_base, keep=keep)
+        journal = Journal(folder, plan.work(stochastic))
+        _clear(folder, journal)
+        _check_space(folder, plan, journal, link)
+        journal.begin()
+        run = _Run(plan, folder, journal, link=link, seed=stochastic, any_base=any_base, progress=progress)
+        result = run.on(executor)
+        journal.remove()
+        manifest.write(result, folder)
+    return result
+
+
+class _Run:
+    """One fold, from an empty folder or what an earlier run left in it, to the last file."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        journal: Journal,
+        *,
+        link: bool,
+        seed: int | None,
+        any_base: bool,
+        progress: Progress,
+    ) -> None:
+        self.plan, self.folder, self.journal = plan, folder, journal
+        self.link, self.seed, self.any_base, self.progress = link, seed, any_base, progress
+        self.run_id = secrets.token_hex(4)  # what a worker of a dead run still writes is not ours
+        self.stop = threading.Event()
+        self.total, self.done, self.lock = plan.model.nbytes, 0, threading.Lock()
+
+    def on(self, executor: Executor | None) -> Folded:
+        digests, kept, todo = dict[str, str](), dict[str, list[float]](), list[Shard]()
+        for shard in self.plan.shards:
+            earlier = self.journal.done(shard.name)
+            if earlier is None:
+                todo.append(shard)
+            else:
+                digests[shard.name], facts = earlier
+                kept |= facts
+                self.step(shard.checkpoint.path.stat().st_size)
+        for shard, done in self._in_process(todo) if executor is None else self._elsewhere(todo, executor):
+            self._part(shard).rename(self.folder / shard.name)
+            own = {name: list(numbers) for name, numbers in done.kept.items()}
+            self.journal.note(shard.name, done.sha256, own)
+            digests[shard.name] = done.sha256
+            kept |= own
+        return self.plan.result({**digests, **self._others()}, kept, self.seed)
+
+    def step(self, nbytes: int) -> None:
+        if self.stop.is_set():
+            raise _Stopped
+        with self.lock:
+            self.done += nbytes
+            self.progress(min(self.done, self.total), self.total)
+
+    def _in_process(self, todo: Sequence[Shard]) -> Iterator[tuple[Shard, Done]]:
+        """On threads, several shards at once."""
+        ahead = ThreadPoolExecutor(2)
+        pool: ThreadPoolExecutor | None = None
+        threads = 1
+        wait = False  # an interrupt may leave this thread with a lock that another needs: nobody waits for it then
+        try:
+            laid = [ahead.submit(self._lay_out, shard) for shard in todo]  # by the system, while torch is imported
+            import torch
+
+            threads = torch.get_num_threads()
+            workers = min(threads, MOST_THREADS)
+            at_once = max(1, min(workers, len(todo)))
+            pool = ThreadPoolExecutor(at_once)
+            make = self._jobs(threads=max(1, -(-workers // at_once)))
+            running: dict[Future[Done], Shard] = {}
+            for shard, ready in zip(todo, laid, strict=True):
+                ready.result()
+                running[pool.submit(fold_shard, make(shard, local=True))] = shard
+            for future in as_completed(running):
+                yield running[future], future.result()
+            wait = True
+        except Exception:
+            wait = True
+            raise
+        finally:
+            self.stop.set()
+            for each in (ahead, pool):
+                if each is not None:
+                    each.shutdown(wait=wait, cancel_futures=True)
+            if pool is not None:
+                torch.set_num_threads(threads)  # what the workers set is the process's default for new threads
+
+    def _elsewhere(self, todo: Sequence[Shard], executor: Executor) -> Iterator[tuple[Shard, Done]]:
+        """On somebody's executor, a task a shard."""
+        make = self._jobs(threads=1)
+        running = {executor.submit(fold_shard, make(shard, local=False)): shard for shard in todo}
+        try:
+            for future in as_completed(running):
+                shard = running[future]
+                done = future.result()
+                self.step(shard.checkpoint.path.stat().st_size)
+                yield shard, done
+        finally:
+            for future in running:
+                future.cancel()
+
+    def _jobs(self, threads: int) -> Callable[..., Job]:
+        from .bases import check_base
+        from .blocks import Rounding
+        from .kinds import settled, site_for
+
+        plan = self.plan
+        sites = {name: site_for(layer, plan.sources) for name, layer in plan.layers.items()}
+        if not self.any_base:
+            check_base(plan, sites)
+        places: list[dict[str, Site]] = [{} for _ in plan.terms]
+        for name, layer in plan.layers.items():
+            for part in layer.parts:
+                places[part.term][part.site] = sites[name]
+        terms = [settled(source, own) for source, own in zip(plan.sources, places, strict=True)]
+
+        def make(shard: Shard, local: bool) -> Job:
+            own = {layer.name: sites[layer.name] for layer in shard.layers}
+            job = Job(shard, self._part(shard), terms, own, Rounding(self.seed), threads)
+            return replace(job, laid_out=True, step=self.step) if local else job
+
+        return make
+
+    def _lay_out(self, shard: Shard) -> None:
+        target = self._part(shard)
+        if self.link and not shard.touched:
+            linked(shard.checkpoint.path, target)
+            self.step(target.stat().st_size)
+        else:
+            lay_out(shard, target, self.step)
+
+    def _part(self, shard: Shard) -> Path:
+        return self.folder / f".{shard.name}.{self.run_id}"
+
+    def _others(self) -> dict[str, str]:
+        """Copies of what lies beside the weights, and their digests."""
+        model, digests = self.plan.model, {}
+        for name in (*map(str, model.others), *([model.index] if model.index else [])):
+            if name != manifest.NAME:  # that of a base which was folded itself
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                copied(model.folder / name, self.folder / name, self.step)
+                digests[name] = sha256(self.folder / name)
+        return digests
+
+
+class _Stopped(Exception):
+    """The run has failed or was interrupted: a thread of it ends."""
+
+
+def _ours(folder: Path) -> bool:
+    return (folder / manifest.NAME).is_file()
+
+
+def _refuse_same(out: Path, base: Path) -> None:
+    there, here = base.resolve(), out.absolute()
+    if there in (here.resolve(), *here.resolve().parents):
+        raise FileError("is the base's own folder, or in it", where=out, fix="choose another -o")
+
+
+def _clear(folder: Path, journal: Journal) -> None:
+    """Leave in the folder what the journal says is done, and nothing else."""
+    for path in list(folder.iterdir()):
+        if path.name not in journal.names:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _check_space(folder: Path, plan: Plan, journal: Journal, link: bool) -> None:
+    """Before a byte is written: what is yet to be must fit on the disk."""
+    saved = [s for s in plan.shards if s.name in journal.names or (link and not s.touched)]
+    needed = plan.model.nbytes - sum(shard.checkpoint.path.stat().st_size for shard in saved)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise FileError(
+            f"needs {needed} bytes, and {free} are free on this disk",
+            where=folder,
+            fix="free some space or choose another -o",
+        )

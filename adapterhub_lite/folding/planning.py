@@ -1,0 +1,174 @@
+"""What a fold will do, from headers alone."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..adapter import Adapter
+from ..agreement import common
+from ..base_model import BaseModel
+from ..checkpoint import TensorInfo
+from ..combine import WeightedSum
+from ..errors import ConfigError, NotMergeable, nearest
+from ..registry import registry
+from ..source import DEFAULT, Source
+from .copying import reading
+from .manifest import Folded, Retained
+from .places import Layer, layers, renaming
+from .shards import Shard, Whole
+
+At = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The base's files, the terms of the sum, and what they change."""
+
+    model: BaseModel
+    terms: tuple[tuple[float, Source], ...]
+    at: At
+    layers: Mapping[str, Layer]
+    wholes: tuple[Whole, ...]
+
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        """Each file of the base, with its share of the work."""
+        found = []
+        for checkpoint in self.model.shards.values():
+            here = Shard(checkpoint)
+            own = tuple(layer for layer in self.layers.values() if any(map(here.has, layer.touched)))
+            found.append(Shard(checkpoint, own, tuple(whole for whole in self.wholes if here.has(whole.old))))
+        return tuple(found)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple(source for _, source in self.terms)
+
+    @property
+    def touched(self) -> int:
+        """Bytes that are computed; all others are copied."""
+        return sum(info.nbytes for shard in self.shards for info in shard.touched)
+
+    def recipe(self, seed: int | None) -> dict[str, Any]:
+        """How to make it again."""
+        base = {name: _header_digest(shard.path) for name, shard in self.model.shards.items()}
+        how: dict[str, Any] = {"rounding": "nearest"} if seed is None else {"rounding": "stochastic", "seed": seed}
+        if self.at:
+            how["at"] = {glob: list(weights) for glob, weights in self.at.items()}
+        terms = [{"weight": w, **source.recipe()} for w, source in self.terms]
+        name = self.model.folder.resolve().name
+        return {"rule": "fold", "base": name, "headers": base, **how, "of": {"rule": "sum", "terms": terms}}
+
+    def result(self, digests: Mapping[str, str], kept: Mapping[str, Sequence[float]], seed: int | None) -> Folded:
+        """What came of it; `kept` as `Kept` has it, by layer."""
+        modules = {name: _retained([kept[name]]) for name in sorted(kept)}
+        return Folded(
+            self.recipe(seed),
+            dict(sorted(digests.items())),
+            _retained([kept[name] for name in sorted(kept)]),
+            modules,
+            tuple(sorted(whole.old.name for whole in self.wholes)),
+            tuple(map(str, self.model.left)),
+        )
+
+    def work(self, seed: int | None) -> dict[str, Any]:
+        """What tells this fold from any other, for a journal: the recipe, and whether the base's files are the same."""
+        stats = {name: shard.path.stat() for name, shard in self.model.shards.items()}
+        files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        return {"version": __version__, "recipe": self.recipe(seed), "files": files, "kept": len(self.wholes)}
+
+
+def planned(
+    model: BaseModel, adapter: Adapter, *, at: At | None = None, any_base: bool = False, keep: str | None = None
+) -> Plan:
+    """What folding `adapter` into `model` will do. Raises as `fold` does, for all that headers tell."""
+    terms = adapter.terms
+    named = [(_weights(source, i, w, terms, at or {}), source) for i, (w, source) in enumerate(terms)]
+    found = layers(model, named)
+    agreed = common(WeightedSum(terms).contents, any_base=any_base, keep=keep)
+    wholes = _wholes(model, agreed.kept, agreed.kept_options, terms)
+    for whole in wholes:
+        if (adapted := next((layer for layer in found.values() if whole.old in layer.touched), None)) is not None:
+            raise NotMergeable(f"{adapted.name!r} is both adapted and replaced", fix="pass --keep none")
+    if not found and not wholes:
+        raise NotMergeable("nothing is left to fold: all weights are zero", fix="give a weight that is not zero")
+    return Plan(model, terms, at or {}, found, wholes)
+
+
+def _retained(parts: Sequence[Sequence[float]]) -> Retained:
+    numbers, unchanged, along, intended = (math.fsum(part[i] for part in parts) for i in range(4))
+    share = unchanged / numbers if numbers else 0.0
+    return Retained(float(f"{share:.6g}"), float(f"{along / intended:.6g}") if intended else None)
+
+
+def _weights(source: Source, i: int, weight: float, terms: Sequence[tuple[float, Source]], at: At) -> dict[str, float]:
+    """The weight of term `i` at each of its sites."""
+    for glob, weights in at.items():
+        if len(weights) != len(terms):
+            what = f"{len(weights)} weights at {glob!r} for {len(terms)} adapters"
+            raise ConfigError(what, fix="give one for each")
+        if not any(fnmatchcase(site, glob) for _, other in terms for site in other.sites):
+            raise ConfigError(f"no adapted module is called {glob!r}", fix=nearest(glob, _sites(terms)))
+    found = dict.fromkeys(source.sites, weight)
+    for glob, weights in at.items():
+        found.update({site: float(weights[i]) for site in source.sites if fnmatchcase(site, glob)})
+    for site, own in found.items():
+        if not math.isfinite(own):
+            raise ConfigError(f"the weight {own} at {site!r} is not a finite number")
+    return found
+
+
+def _sites(terms: Sequence[tuple[float, Source]]) -> set[str]:
+    return {site for _, source in terms for site in source.sites}
+
+
+def _wholes(
+    model: BaseModel, kept: Mapping[str, Any], options: Mapping[str, Any], terms: Sequence[tuple[float, Source]]
+) -> tuple[Whole, ...]:
+    """The base's tensors that trained heads, biases and token rows replace."""
+    found = []
+    for name, value, rows in registry().format(DEFAULT).replaced(kept, options):
+        old = _counterpart(model, name, terms)
+        label = f"{value.path.parent.name}: the trained value of {name!r}"
+        if old is None:
+            raise NotMergeable(
+                f"{label} has no place in the base",
+                fix="pass --keep none to leave such values out, or give the base with it",
+            )
+        fits = (
+            old.shape[1:] == value.shape[1:] and max(rows, default=-1) < old.shape[0]
+            if rows
+            else old.shape == value.shape
+        )
+        if not fits:
+            raise NotMergeable(
+                f"{label} has the shape {list(value.shape)}, and the base's {list(old.shape)}",
+                fix="resize the base's vocabulary first, or pass --keep none",
+            )
+        found.append(Whole(old, value, rows))
+    return tuple(found)
+
+
+def _counterpart(model: BaseModel, name: str, terms: Sequence[tuple[float, Source]]) -> TensorInfo | None:
+    for _, source in terms:
+        module, _, parameter = name.rpartition(".")
+        there = f"{renaming(source, model)(module)}.{parameter}"
+        if there in model.tensors:
+            return model.tensors[there]
+    return model.tensors.get(name)
+
+
+def _header_digest(path: Path) -> str:
+    """The SHA-256 of a file's header: of names, shapes and places, not of the numbers."""
+    with reading(path) as handle:
+        length = int.from_bytes(os.pread(handle, 8, 0), "little")
+        return hashlib.sha256(os.pread(handle, length, 8)).hexdigest()

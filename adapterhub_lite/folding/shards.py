@@ -1,0 +1,241 @@
+"""One file of the base and its merged copy: what stays is copied by the system, the rest is computed in blocks."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..checkpoint import ITEMSIZE, Checkpoint, TensorInfo, sha256, torch_dtype
+from ..source import Source, read
+from .copying import Step, copy_range, no_step, read_at, reading, reserve, write_at, writing
+from .places import Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..site import Site
+    from .blocks import Change, Kept, Rounding, Span
+
+
+class Whole(NamedTuple):
+    """A tensor that an adapter brings along in place of the base's, or of some of its rows."""
+
+    old: TensorInfo
+    new: TensorInfo
+    rows: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of the base, and what changes in it."""
+
+    checkpoint: Checkpoint
+    layers: tuple[Layer, ...] = ()
+    wholes: tuple[Whole, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint.path.name
+
+    def has(self, info: TensorInfo | None) -> bool:
+        return info is not None and info.path == self.checkpoint.path
+
+    @property
+    def touched(self) -> list[TensorInfo]:
+        """The tensors of this file that change, in the order of their bytes."""
+        here = {info.name: info for layer in self.layers for info in layer.touched if self.has(info)}
+        here.update({whole.old.name: whole.old for whole in self.wholes})
+        return sorted(here.values(), key=lambda info: info.start)
+
+
+def never() -> bool:
+    """Nobody has stopped it."""
+    return False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard's work: all that a worker needs, on this machine or another that sees the same files."""
+
+    shard: Shard
+    target: Path
+    terms: Sequence[Source]
+    sites: Mapping[str, Site]  # by layer
+    rounding: Rounding
+    threads: int
+    laid_out: bool = False
+    step: Step = no_step
+    stopped: Callable[[], bool] = never
+
+
+class Done(NamedTuple):
+    """What became of a shard."""
+
+    sha256: str
+    kept: dict[str, Kept]  # by layer, of those whose weight is here
+
+
+def lay_out(shard: Shard, target: Path, step: Step = no_step) -> None:
+    """Make the copy's file, with room for all of it, and copy the bytes that stay, those of the header too."""
+    source = shard.checkpoint.path
+    with reading(source) as old, writing(target) as new:
+        size = os.fstat(old).st_size
+        reserve(new, size)
+        at = 0
+        for info in shard.touched:
+            copy_range(old, new, at, info.start, source, step)
+            at = info.stop
+        copy_range(old, new, at, size, source, step)
+
+
+def fold_shard(job: Job) -> Done:
+    """Do it, put the file on the disk, and tell its SHA-256."""
+    if not job.laid_out:
+        lay_out(job.shard, job.target, job.step)
+    with writing(job.target, new=False) as new:
+        kept = _Folding(job, new).run()
+        for whole in job.shard.wholes:
+            _put_whole(whole, job, new)
+        os.fsync(new)
+    return Done(sha256(job.target), kept)
+
+
+class _Folding:
+    """Computes the layers of one shard, each in spans, on threads of its own."""
+
+    def __init__(self, job: Job, new: int) -> None:
+        self.job, self.new = job, new
+
+    def run(self) -> dict[str, Kept]:
+        from .blocks import Change, Kept
+
+        kept: dict[str, Kept] = {}
+        pool = ThreadPoolExecutor(self.job.threads, initializer=_one_thread)
+        waiting: deque[tuple[Change, list[Future[_Piece]]]] = deque()
+
+        def finish() -> None:
+            change, pieces = waiting.popleft()
+            found = [piece.result() for piece in pieces]
+            if self.job.shard.has(change.layer.weight):
+                kept[change.layer.name] = Kept.total(piece.kept for piece in found)
+            self._write_bias(change, found)
+
+        try:
+            for layer in self.job.shard.layers:
+                change = Change(layer, self.job.sites[layer.name], self.job.terms)
+                spans = change.spans() if self.job.shard.has(layer.weight) or change.merges else ()
+                waiting.append((change, [pool.submit(self._one, change, span) for span in spans]))
+                if len(waiting) > 1:  # the next one's factors are read meanwhile
+                    finish()
+            while waiting:
+                finish()
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return kept
+
+    def _one(self, change: Change, span: Span) -> _Piece:
+        if self.job.stopped():
+            raise KeyboardInterrupt
+        info = change.layer.weight
+        with reading(info.path) as old:
+            stored = _read(old, info, span, change.site)
+        new, db, kept = change.block(stored, span, self.job.rounding)
+        if self.job.shard.has(info):
+            _write(self.new, info, new, span, change.site)
+            self.job.step(new.nbytes)
+        return _Piece(kept, db)
+
+    def _write_bias(self, change: Change, found: Sequence[_Piece]) -> None:
+        import torch
+
+        from .blocks import no_bias
+
+        info = change.layer.bias
+        changes = [piece.db for piece in found if piece.db is not None]
+        db = torch.cat(changes) if changes else change.db
+        if db is None:
+            if change.layer.biased and info is not None and self.job.shard.has(info):
+                _put(self.new, info, info.read())  # it might have changed, and did not
+            return
+        if info is None:
+            raise no_bias(change.layer)
+        if self.job.shard.has(info):
+            _put(self.new, info, change.bias(info.read(), db, self.job.rounding))
+
+
+class _Piece(NamedTuple):
+    kept: Kept
+    db: Tensor | None
+
+
+def _runs(info: TensorInfo, span: Span, site: Site) -> Iterator[tuple[int, int]]:
+    """The bytes of a span in the file, first and behind the last: one run, or one in each row that is stored."""
+    rows, size = site.weight_shape[0], ITEMSIZE[info.dtype]
+    row = info.nbytes // rows
+    if span.outputs != site.by_inputs:
+        yield info.start + span.start * row, info.start + span.stop * row
+        return
+    for i in range(rows):
+        at = info.start + i * row
+        yield at + span.start * size, at + span.stop * size
+
+
+def _read(handle: int, info: TensorInfo, span: Span, site: Site) -> Tensor:
+    """The part of a weight, as it is stored."""
+    import torch
+
+    shape, n = list(site.weight_shape), span.stop - span.start
+    shape[0 if span.outputs != site.by_inputs else 1] = n
+    part = torch.empty(shape, dtype=torch_dtype(info.dtype))
+    view, at = _bytes_of(part), 0
+    for start, stop in _runs(info, span, site):
+        read_at(handle, view[at : at + stop - start], start, info.path)
+        at += stop - start
+    return part
+
+
+def _write(handle: int, info: TensorInfo, part: Tensor, span: Span, site: Site) -> None:
+    view, at = _bytes_of(part), 0
+    for start, stop in _runs(info, span, site):
+        write_at(handle, view[at : at + stop - start], start)
+        at += stop - start
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    import torch
+
+    data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _put_whole(whole: Whole, job: Job, handle: int) -> None:
+    """A value that an adapter brings along, in the base's dtype, piece by piece: a head can have a gigabyte."""
+    from .blocks import BLOCK, Span
+
+    old, new = whole.old, whole.new
+    row = new.numel // new.shape[0] if new.shape else 1
+    step = 1 if whole.rows is not None else max(1, BLOCK // max(row, 1))
+    for i in range(0, new.numel // max(row, 1), step):
+        n = min(step, new.numel // row - i)
+        at, size = new.start + i * row * ITEMSIZE[new.dtype], n * row * ITEMSIZE[new.dtype]
+        part = read(replace(new, shape=(n * row,), start=at, stop=at + size))
+        if old.dtype != new.dtype:
+            part = job.rounding(part.double(), torch_dtype(old.dtype), old.name, Span(i, i + n, True))
+        to = i if whole.rows is None else whole.rows[i]
+        write_at(handle, _bytes_of(part), old.start + to * row * ITEMSIZE[old.dtype])
+        job.step(part.nbytes)
+
+
+def _put(handle: int, info: TensorInfo, tensor: Tensor) -> None:
+    write_at(handle, _bytes_of(tensor.contiguous()), info.start)
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
