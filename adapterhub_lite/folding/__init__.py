@@ -103,7 +103,7 @@ class _Run:
         self.total, self.done, self.lock = plan.model.nbytes, 0, threading.Lock()
 
     def on(self, executor: Executor | None) -> Folded:
-        digests, kept, todo = dict[str, str](), dict[str, list[float]](), list[Shard]()
+        digests, kept, todo = self._others(), dict[str, list[float]](), list[Shard]()
         for shard in self.plan.shards:
             earlier = self.journal.done(shard.name)
             if earlier is None:
@@ -118,7 +118,7 @@ class _Run:
             self.journal.note(shard.name, done.sha256, own)
             digests[shard.name] = done.sha256
             kept |= own
-        return self.plan.result({**digests, **self._others()}, kept, self.seed)
+        return self.plan.result(digests, kept, self.seed)
 
     def step(self, nbytes: int) -> None:
         if self.stop.is_set():
@@ -209,7 +209,7 @@ class _Run:
 
     def _others(self) -> dict[str, str]:
         """Copies of what lies beside the weights, and their digests."""
-        model, digests = self.plan.model, {}
+        model, digests = self.plan.model, dict[str, str]()
         for name in (*map(str, model.others), *([model.index] if model.index else [])):
             if name != manifest.NAME:  # that of a base which was folded itself
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
