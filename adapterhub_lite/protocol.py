@@ -8,7 +8,7 @@ that make tensors, and then `adapter methods` and `adapter info` stay fast.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,16 +23,24 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .delta import Delta, LowRank
+    from .live.kept import Kept
     from .site import Site
 
 
 class Params(Mapping[str, "Tensor"]):
     """The tensors of one adapter at one site, by the names its method gave them in `init` and `shared`."""
 
-    __slots__ = ("_tensors",)
+    __slots__ = ("_kept", "_tensors")
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, Tensor], kept: Kept | None = None) -> None:
+        self._tensors, self._kept = tensors, kept
+
+    def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` gives from these tensors and the site's `weight`, `bias` and `project` alone.
+
+        Where who calls the rules knows that nothing changes, it is kept, by that name, and not computed again.
+        """
+        return compute() if self._kept is None else self._kept(self._tensors, name, compute)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
