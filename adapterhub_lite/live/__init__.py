@@ -194,11 +194,11 @@ class Adapters:
     def inference(self) -> Iterator[Adapters]:
         """Within a `with` statement, no gradients, and nothing is computed twice that tensors alone give.
 
-        That is DoRA's ‖V‖, which costs more than a layer's call with one token. It is for tensors that do not change:
-        what torch counts as a change is noticed at once; what it does not (writing through `.data`, a step of a fused
-        optimizer) is an `AdapterError` at the end, where each layer's values are computed once more. A compiled or
-        sharded model, tensors made in `torch.inference_mode`, and whatever runs with gradients all the same compute
-        as ever.
+        That is DoRA's m / ‖V‖, which costs more than a layer's call with one token. It is for tensors that do not
+        change. A change that torch counts is noticed at the next call. One that it does not count (through `.data`, by
+        a fused optimizer) is not: then outputs are wrong from there on, and the end, where each layer's values are
+        computed once more, is an `AdapterError`. Compiled and sharded models, tensors made in `torch.inference_mode`,
+        and what runs with gradients all the same compute as ever.
 
         >>> from adapterhub_lite.registry import registry
         >>> adapters = adapt(nn.Sequential(nn.Linear(6, 4)))
