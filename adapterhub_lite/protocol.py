@@ -8,7 +8,7 @@ that make tensors, and then `adapter methods` and `adapter info` stay fast.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,14 +25,23 @@ if TYPE_CHECKING:
     from .delta import Delta, LowRank
     from .site import Site
 
+    Keep = Callable[[Mapping[str, Tensor], str, Callable[[], Tensor]], Tensor]
+
 
 class Params(Mapping[str, "Tensor"]):
     """The tensors of one adapter at one site, by the names its method gave them in `init` and `shared`."""
 
-    __slots__ = ("_tensors",)
+    __slots__ = ("_keep", "_tensors")
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, Tensor], keep: Keep | None = None) -> None:
+        self._tensors, self._keep = tensors, keep
+
+    def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` gives from these tensors and the site's `weight`, `bias` and `project` alone.
+
+        Where who calls the rules knows that nothing changes, it is kept, by that name, and not computed again.
+        """
+        return compute() if self._keep is None else self._keep(self._tensors, name, compute)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]

@@ -1,11 +1,17 @@
-"""Tensors of sharded models (FSDP2): step rules and saving meet DTensors, and see through them with these two."""
+"""Tensors of sharded models (FSDP2): step rules and saving meet DTensors, and see through them with these."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether `model` has shards, or gathers them for its calls."""
+    gathers = any(hasattr(module, "reshard") for module in model.modules())
+    return gathers or any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
 def whole(t: Tensor) -> Tensor:

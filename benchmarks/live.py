@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -50,9 +51,13 @@ def times(runs: dict[str, Callable[[], Any]], repeat: int, rounds: int) -> dict[
 
 
 def adapted(width: int, name: str, **options: Any) -> nn.Module:
-    model = nn.Sequential(nn.Linear(width, width))
-    ah.adapt(model).add("a", ah.method(name, rank=8, alpha=16, **options), "0")
-    return model[0]
+    return handle(width, name, **options).model[0]
+
+
+def handle(width: int, name: str, **options: Any) -> Any:
+    adapters = ah.adapt(nn.Sequential(nn.Linear(width, width)))
+    adapters.add("a", ah.method(name, rank=8, alpha=16, **options), "0")
+    return adapters
 
 
 def theirs(width: int, **options: Any) -> nn.Module:
@@ -78,19 +83,49 @@ def one_layer(rounds: int) -> dict[str, float]:
     }
 
 
+TOKENS = (1, 16, 128, 512)
+WAYS = ("forward, no_grad", "forward, inference()", "forward and backward")
+
+
 def dora(rounds: int) -> dict[str, float]:
+    """One layer of 1024 x 1024, rank 8, by the number of tokens: DoRA / our LoRA, which is to be at most 1.5."""
     found = {}
-    for batch in (16, 512):
-        x = torch.randn(batch, 1024)
-        layers = {"lora": adapted(1024, "lora"), "dora": adapted(1024, "dora"), "peft": theirs(1024, use_dora=True)}
+    for tokens in TOKENS:
+        x = torch.randn(tokens, 1024)
+        handles = {"LoRA": handle(1024, "lora"), "ours": handle(1024, "dora")}
+        layers = {**{who: own.model[0] for who, own in handles.items()}, "PEFT": theirs(1024, use_dora=True)}
 
         def step(layer: nn.Module, x: Tensor = x) -> None:
             layer(x).square().sum().backward()
 
-        t = times({name: lambda layer=layer, step=step: step(layer) for name, layer in layers.items()}, 3, rounds)
-        found[f"DoRA, d 1024, {batch} tokens, forward and backward: ours / LoRA (at most 1.5)"] = t["dora"] / t["lora"]
-        found[f"... PEFT's DoRA / our LoRA, {batch} tokens"] = t["peft"] / t["lora"]
+        def call(layer: nn.Module, x: Tensor = x) -> None:
+            layer(x)
+
+        for way in WAYS:
+            run = step if way == WAYS[2] else call
+            here = {who: layer for who, layer in layers.items() if way != WAYS[1] or who != "PEFT"}
+            with torch.no_grad() if way != WAYS[2] else nullcontext(), ExitStack() as stack:
+                if way == WAYS[1]:
+                    for own in handles.values():
+                        stack.enter_context(own.inference())
+                runs = {who: lambda layer=layer, run=run: run(layer) for who, layer in here.items()}
+                t = times(runs, 3, rounds)
+            found |= {_cell(tokens, way, who): t[who] / t["LoRA"] for who in here if who != "LoRA"}
     return found
+
+
+def _cell(tokens: int, way: str, who: str) -> str:
+    return f"DoRA, d 1024, {tokens} tokens, {way}: {who} / our LoRA"
+
+
+def table(found: dict[str, float]) -> str:
+    """What `dora` found, as Markdown."""
+    columns = [(way, who) for way in WAYS for who in ("ours", "PEFT") if way != WAYS[1] or who == "ours"]
+    lines = ["| tokens | " + " | ".join(f"{way}: {who}" for way, who in columns) + " |", "|--:" * 6 + "|"]
+    for tokens in TOKENS:
+        values = " | ".join(f"{found[_cell(tokens, way, who)]:.2f}" for way, who in columns)
+        lines.append(f"| {tokens} | {values} |")
+    return "\n".join(lines)
 
 
 def llama(width: int, layers: int, inner: int) -> Any:
@@ -155,7 +190,10 @@ def main() -> None:
         print(json.dumps(found, indent=2))
         return
     for name, value in found.items():
-        print(f"{value:8.3f}  {name}")
+        if not name.startswith("DoRA"):
+            print(f"{value:8.3f}  {name}")
+    print("\nDoRA / our LoRA, d 1024, rank 8 (at most 1.5)\n")
+    print(table(found))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from ..adapter import Adapter, load
 from ..errors import ConfigError, UnknownName, nearest
 from ..protocol import Method
 from ..seed import generator
+from ..sharding import sharded
 from .files import held, read
+from .kept import Kept
 from .merging import merge, unmerge
 from .summary import Summary, summary
 from .targets import select
@@ -187,6 +189,35 @@ class Adapters:
             yield self
         finally:
             self.activate({name: weight for name, weight in former.items() if name in self.names})
+
+    @contextmanager
+    def inference(self) -> Iterator[Adapters]:
+        """Within a `with` statement, no gradients, and nothing is computed twice that tensors alone give.
+
+        That is DoRA's m / ‖V‖, which costs more than a layer's call with one token. It is for tensors that do not
+        change. A change that torch counts is noticed at the next call. One that it does not count (through `.data`, by
+        a fused optimizer) is not: then outputs are wrong from there on, and the end, where each layer's values are
+        computed once more, is an `AdapterError`. Compiled and sharded models, tensors made in `torch.inference_mode`,
+        and what runs with gradients all the same compute as ever.
+
+        >>> from adapterhub_lite.registry import registry
+        >>> adapters = adapt(nn.Sequential(nn.Linear(6, 4)))
+        >>> adapters.add("a", registry().method("dora")(rank=2), targets="0")
+        >>> with adapters.inference():
+        ...     y = adapters.model(torch.ones(1, 6))
+        """
+        parts = [] if sharded(self.model) else [part for _, slot in slots(self.model) for part in slot.parts.values()]
+        kept, former = [Kept(part.site) for part in parts], [part.kept for part in parts]
+        for part, own in zip(parts, kept, strict=True):
+            part.kept = own
+        try:
+            with torch.no_grad():
+                yield self
+            for part, own in zip(parts, kept, strict=True):
+                own.check(part.params())
+        finally:
+            for part, other in zip(parts, former, strict=True):
+                part.kept = other
 
     def merge(self) -> None:
         """Fold the active adapters into the weights, which then need no hooks; `unmerge` undoes it bit for bit.

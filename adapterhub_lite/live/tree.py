@@ -20,6 +20,7 @@ from ..protocol import Method, Params
 from ..registry import registry
 from ..site import SLOT as SLOT
 from ..site import Site
+from .kept import Kept
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -31,6 +32,7 @@ class Part(nn.Module):
     """The tensors of one adapter at one site. They are parameters; the frozen ones never require gradients."""
 
     common: Common | None
+    kept: Kept | None = None  # while `Adapters.inference` lasts
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class Part(nn.Module):
     def params(self) -> Params:
         """Looked up anew at every call: loading and sharding replace tensors."""
         own = cast("dict[str, Tensor]", self._parameters)
-        return Params(own if self.common is None else {**self.common.tensors(), **own})
+        return Params(own if self.common is None else {**self.common.tensors(), **own}, self.kept)
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self.method.before(self.params(), args, kwargs, self.site)
@@ -66,7 +68,7 @@ class Part(nn.Module):
     def adapted(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output with this adapter alone, in the adapter's dtype, whatever that of x and y is."""
         own: Mapping[str, Tensor] = self._parameters  # type: ignore[assignment]  # none is None; a cast takes time
-        p = Params(own if self.common is None else {**self.common.tensors(), **own})
+        p = Params(own if self.common is None else {**self.common.tensors(), **own}, self.kept)
         dtype = y.dtype if self.lead is None else own[self.lead].dtype
         if not x.dtype == dtype == y.dtype:
             x, y = x.to(dtype) if x.is_floating_point() else x, y.to(dtype)

@@ -100,6 +100,12 @@ class Site:
         return None if bias is None else bias.detach()
 
     @property
+    def sources(self) -> tuple[Tensor, ...]:
+        """The layer's own tensors, which `weight` and `bias` are computed from."""
+        module = self._live()
+        return tuple(t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+
+    @property
     def like(self) -> Tensor:
         """A tensor on the layer's device, in the dtype that it computes in."""
         return self._live().get_parameter("weight")

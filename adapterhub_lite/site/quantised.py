@@ -89,6 +89,15 @@ class QuantisedLinearSite(LinearSite):
         return state.shape.numel(), sum(t.numel() * t.element_size() for t in parts)
 
     @property
+    def sources(self) -> tuple[Tensor, ...]:
+        state = _state(self._live())
+        codes, kept = getattr(state, KEPT, (None, state))
+        parts = [codes, kept.absmax, kept.code]
+        if kept.nested:
+            parts += [kept.state2.absmax, kept.state2.code, kept.offset]
+        return (*super().sources, *(t for t in parts if t is not None))
+
+    @property
     def like(self) -> Tensor:
         module = self._live()
         dtype = getattr(module, "compute_dtype", None) or _state(module).dtype

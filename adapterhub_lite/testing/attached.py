@@ -18,6 +18,7 @@ from .weights import EXACT
 from .zoo import EXAMPLES, Example, bits, changed, described, difference, examples, has_example, moved, sibling
 
 WEIGHTS = {"a": 0.7, "b": -0.3}
+KEEP = "let once() compute from p and the site's weight alone, under a name of its own"
 # Relative to the largest output, after three layers in that dtype.
 ROUGH = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
 
@@ -208,6 +209,33 @@ def casts_and_copies(method: Method) -> str:
 
 
 @check(has_example)
+def inference_keeps_nothing_else(method: Method) -> str:
+    """Within `inference` outputs are the same bits as outside, for every input, and after tensors were changed."""
+    for example in examples(method):
+        f = Fixture(method, example, torch.float64)
+        f.adapters.activate(WEIGHTS)
+        before, other = f(), _output(f.model, f.x.flip(0))
+        base = [p for n, p in f.model.named_parameters() if n not in f.tensors and p.is_floating_point()]
+        with f.adapters.inference(), torch.no_grad():
+            _same(f(), before, f"{f.kind}: another output within inference()")
+            _same(f(), before, f"{f.kind}: another output for the second call within inference()")
+            got = _output(f.model, f.x.flip(0))
+            _same(got, other, f"{f.kind}: what once() keeps depends on the input", KEEP)
+            for name, p in f.trained.items():
+                p.copy_(moved(p, 1, name))
+            own = f()
+            for p in base:
+                p.mul_(1.25)
+            scaled = f()
+        _same(scaled, f(), f"{f.kind}: once() keeps what the base's weights change", KEEP)
+        with torch.no_grad():
+            for p in base:
+                p.mul_(0.8)
+        within(difference(own, f()), EXACT, f"{f.kind}: once() keeps what the adapter's tensors change", fix=KEEP)
+    return ""
+
+
+@check(has_example)
 def half_precision_base(method: Method) -> str:
     """On a bfloat16 or float16 base, output and gradients are finite, of the right dtype and near float64's."""
     worst = 0.0
@@ -322,8 +350,8 @@ def _storages(model: nn.Module) -> set[int]:
     return {p.untyped_storage().data_ptr() for p in model.parameters() if p.numel()}
 
 
-def _same(got: Tensor, want: Tensor, what: str) -> None:
-    require(torch.equal(got, want), f"{what} (|diff| {difference(got, want):.1e})", fix="change nothing but the output")
+def _same(got: Tensor, want: Tensor, what: str, fix: str = "change nothing but the output") -> None:
+    require(torch.equal(got, want), f"{what} (|diff| {difference(got, want):.1e})", fix=fix)
 
 
 CHECKS = (
@@ -333,6 +361,7 @@ CHECKS = (
     two_adapters_add_up,
     unmerge_is_exact,
     casts_and_copies,
+    inference_keeps_nothing_else,
     half_precision_base,
     unsupported_layers_are_refused,
     refusals_say_why,

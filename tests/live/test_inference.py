@@ -36,6 +36,8 @@ def test_generation_with_a_cache_is_that_without_and_that_of_the_merged_model(me
     cached = generated(use_cache=True)
     assert cached.shape == (2, 17)
     assert torch.equal(cached, generated(use_cache=False))
+    with adapters.inference():
+        assert torch.equal(cached, generated(use_cache=True))
     if merges(method):
         adapters.merge()
         assert torch.equal(cached, generated(use_cache=True))

@@ -273,6 +273,61 @@ def test_four_bits_hold_no_sum() -> None:
         site.fold(site.weight)
 
 
+@pytest.mark.parametrize("double", [True, False])
+def test_within_inference_a_weight_is_dequantised_once(
+    double: bool, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, own = list[str](), QuantisedLinearSite.weight
+
+    def weight(site: QuantisedLinearSite) -> Tensor:
+        read.append(site.name)
+        found: Tensor = own.fget(site)  # type: ignore[attr-defined]
+        return found
+
+    model = net(double)
+    adapters = ah.adapt(model)
+    adapters.add("a", ah.method("dora", rank=4), ["0", "3"])
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))))
+        want = model(x)
+    monkeypatch.setattr(QuantisedLinearSite, "weight", property(weight))
+    with adapters.inference():
+        first = model(x)
+        seen = len(read)
+        assert set(read) == {"0", "3"}
+        assert torch.equal(first, want)
+        assert torch.equal(model(x), want)
+        assert len(read) == seen
+
+
+@pytest.mark.parametrize("part", ["codes", "scales"])
+def test_within_inference_another_weight_is_noticed(part: str, x: Tensor) -> None:
+    model = nn.Sequential(quantised(nn.Linear(128, 96), double=False)).train()  # nothing is rearranged
+    adapters, layer = ah.adapt(model), model[0]
+    adapters.add("a", ah.method("dora", rank=4, alpha=4), "0")
+    p = layer.adapters.a
+    with torch.no_grad():
+        p.B.add_(torch.randn(p.B.shape, generator=torch.Generator().manual_seed(0)))
+
+    def want() -> Tensor:
+        W = dense(layer).double()
+        V = W + p.B.double() @ p.A.double()
+        return p.m / V.norm(dim=1) * (x.double() @ V.T) + layer.bias
+
+    with adapters.inference():
+        for _ in range(2):
+            torch.testing.assert_close(model(x).double(), want(), rtol=1e-4, atol=1e-4)
+        before = want()
+        if part == "codes":
+            layer.weight.copy_(layer.weight.flip(0))
+        else:
+            layer.weight.quant_state.absmax.mul_(torch.linspace(0.5, 2, layer.weight.quant_state.absmax.numel()))
+        assert (want() - before).abs().max() > 0.1
+        torch.testing.assert_close(model(x).double(), want(), rtol=1e-4, atol=1e-4)
+
+
 # The summary -----------------------------------------------------------------------------------------------------
 
 

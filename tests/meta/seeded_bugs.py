@@ -217,6 +217,7 @@ class TransposedStart(Sound):
     "two_adapters_add_up",
     "unmerge_is_exact",
     "casts_and_copies",
+    "inference_keeps_nothing_else",
     "half_precision_base",
 )
 class TakenName(Sound):
@@ -381,6 +382,7 @@ class CachesOnModule(Sound):
     "two_adapters_add_up",
     "unmerge_is_exact",
     "casts_and_copies",
+    "inference_keeps_nothing_else",
     "half_precision_base",
 )
 class GatesInPlace(Gating):
@@ -727,6 +729,16 @@ class KeepsTensors(Sound):
             scaled = scale * A
             self.kept[p["A"]] = p["A"]._version, scaled
         return LowRank(B, scaled)
+
+
+@trips("inference_keeps_nothing_else")
+class KeepsProducts(Sound):
+    """Lets what it computes from the input be kept."""
+
+    def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        B, A, scale = self.delta(p, site)
+        Ax = p.once("Ax", lambda: F.linear(x, A))
+        return y + scale * F.linear(Ax, B)
 
 
 @trips("half_precision_base", "unmerge_is_exact")

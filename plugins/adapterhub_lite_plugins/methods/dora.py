@@ -72,14 +72,18 @@ class DoRA(LoRA):
             dtype = torch.promote_types(torch.promote_types(A.dtype, W.dtype), torch.float32)
             A, B = A.to(W.device, dtype), B.to(W.device, dtype)
             W2 = _row_squares(W, dtype)  # (out,)
-            C = torch.addmm(site.project(A).mT, B, A @ A.mT, beta=2 * s, alpha=s * s)  # (out, r)
-            return W2 + torch.linalg.vecdot(C, B), W2
+            C = torch.addmm(site.project(A), A @ A.mT, B.mT, beta=2 * s, alpha=s * s)  # (r, out)
+            return W2 + torch.linalg.vecdot(C.mT, B), W2
+
+    def _scale(self, p: Params, site: Site) -> Tensor:
+        """What multiplies V: m / ‖V‖ (out,)."""
+        m = p["m"].flatten()  # (out,)
+        return m / _lengths(*self._squares(p, site)).to(m.dtype)
 
     def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
         import torch
 
-        m = p["m"].flatten()  # (out,)
-        scale = m / _lengths(*self._squares(p, site)).to(m.dtype)  # (out,)
+        scale = p.once("scale", lambda: self._scale(p, site))  # (out,)
         low, l, bias = super().delta(p, site), site.along(scale), site.bias  # noqa: E741
         if self.dropout and site.kind != "embedding" and site.module is not None and site.module.training:
             # The layer's output stays, and what is added to it is computed from the dropped input.
@@ -90,8 +94,7 @@ class DoRA(LoRA):
         Vx = site.add(low, x, y)  # (…, out), and the bias on it, which no magnitude scales
         if bias is None:
             return (l * Vx).to(y.dtype)
-        bias = bias.to(scale.dtype)
-        return torch.addcmul(site.along(bias - scale * bias), l, Vx).to(y.dtype)
+        return torch.lerp(site.along(bias).to(l.dtype), Vx.to(l.dtype), l).to(y.dtype)  # b + l (V x + b − b)
 
     def merge(self, p: Params, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         V = weight + super().delta(p, site).dense().to(weight.dtype)  # (out, in)
