@@ -1,6 +1,6 @@
 """Build what the benchmarks read: adapters in PEFT's layout, and a base checkpoint for PEFT.
 
-    python benchmarks/fixtures.py adapters|base|many [--count N] [--dir DIR]
+    python benchmarks/fixtures.py adapters|base|many|sharded [--count N] [--times N] [--dir DIR]
 
 Each piece is built in a sibling folder and renamed, so what is there is whole, and is
 not built again. Seeded: the same bytes each time.
@@ -68,6 +68,17 @@ def many(folder: Path, count: int) -> list[Path]:
 def base(folder: Path) -> Path:
     """The Llama itself, with random weights in bfloat16: 1.7 GB."""
     return _once(folder / "base", _base)
+
+
+def sharded(folder: Path, times: int = 1) -> Path:
+    """The same in 4 files; with `times`, as many layers more, and as many files: a base of another size."""
+    return _once(folder / f"sharded-{times}", partial(_sharded, times))
+
+
+def deep(folder: Path, times: int) -> Path:
+    """A rank-16 adapter on all linear layers of `sharded(times)`."""
+    shapes = {f"layers.{i}.{name}": shape for i in range(LAYERS * times) for name, shape in MODULES.items()}
+    return _once(folder / "deep" / str(times), partial(_adapter, shapes, RANK, 32, 7, "bfloat16"))
 
 
 def _once(out: Path, build: Callable[[Path], None]) -> Path:
@@ -138,12 +149,16 @@ def _base(out: Path) -> None:
     norms = [f"{layer}.{at}_layernorm.weight" for layer in layers for at in ("input", "post_attention")]
     tensors |= {name: torch.ones(HIDDEN, dtype=torch.bfloat16) for name in [*norms, "model.norm.weight"]}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    config = {
+    _write_json(out / "config.json", _config(LAYERS))
+
+
+def _config(layers: int) -> dict[str, Any]:
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": HIDDEN,
         "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "vocab_size": VOCAB,
@@ -152,10 +167,37 @@ def _base(out: Path) -> None:
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }
-    _write_json(out / "config.json", config)
 
 
-def _weights(shape: tuple[int, int], rng: Generator) -> Tensor:
+def _sharded(times: int, out: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    layers, files = LAYERS * times, 4 * times
+    where: dict[str, str] = {}
+    for k in range(files):
+        rng = torch.Generator().manual_seed(k)
+        own = range(k * layers // files, (k + 1) * layers // files)
+        shapes: dict[str, tuple[int, ...]] = {
+            f"model.layers.{i}.{name}.weight": shape for i in own for name, shape in MODULES.items()
+        }
+        norms = [f"model.layers.{i}.{at}_layernorm.weight" for i in own for at in ("input", "post_attention")]
+        if k == 0:
+            shapes["model.embed_tokens.weight"] = (VOCAB, HIDDEN)
+        if k == files - 1:
+            shapes["lm_head.weight"] = (VOCAB, HIDDEN)
+            norms.append("model.norm.weight")
+        tensors = {name: _weights(shape, rng) for name, shape in shapes.items()}
+        tensors |= {name: torch.ones(HIDDEN, dtype=torch.bfloat16) for name in norms}
+        file = f"model-{k + 1:05}-of-{files:05}.safetensors"
+        save_file(tensors, out / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(tensors, file)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
+    _write_json(out / "config.json", _config(layers))
+
+
+def _weights(shape: tuple[int, ...], rng: Generator) -> Tensor:
     import torch
 
     return torch.empty(shape).normal_(std=0.02, generator=rng).to(torch.bfloat16)
@@ -175,15 +217,18 @@ def build_apart(*arguments: str, folder: Path) -> list[Path]:
 def main() -> None:
     """Build one kind and print the folders."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["adapters", "base", "many"])
+    parser.add_argument("what", choices=["adapters", "base", "many", "sharded"])
     parser.add_argument("--dir", type=Path, default=CACHE, help="where (default: %(default)s)")
     parser.add_argument("--count", type=int, default=1000, help="how many, of `many` (default: %(default)s)")
+    parser.add_argument("--times", type=int, default=1, help="how large, of `sharded` (default: %(default)s)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of `adapters`")
     options = parser.parse_args()
     if options.what == "adapters":
         folders = adapters(options.dir, options.dtype)
     elif options.what == "many":
         folders = many(options.dir, options.count)
+    elif options.what == "sharded":
+        folders = [sharded(options.dir, options.times), deep(options.dir, options.times)]
     else:
         folders = [base(options.dir)]
     print(*folders, sep="\n")

@@ -12,6 +12,7 @@ import click
 
 from ..adapter import load
 from ..errors import nearest, printable
+from .into import into_options, merge_into, refuse_alone
 from .output import Size, print_json, progress, size, table
 
 if TYPE_CHECKING:
@@ -93,8 +94,9 @@ def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -
 )
 @click.option("--keep", metavar="REF", help="Where they differ, take heads, biases and token rows from REF, or 'none'.")
 @click.option("--any-base", is_flag=True, help="Merge although the adapters name different base models.")
+@into_options
 @click.option("--dry-run", is_flag=True, help="Say what would be written, from the headers, and stop.")
-@click.option("--force", is_flag=True, help="Replace the adapter at OUT.")
+@click.option("--force", is_flag=True, help="Replace the adapter or model at OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every module.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -113,6 +115,7 @@ def merge(
     as_json: bool,
     verbose: bool,
     quiet: bool,
+    **given: Any,
 ) -> None:
     """Merge adapters into one: ΔW = Σ wᵢ ΔWᵢ, exactly.
 
@@ -122,6 +125,11 @@ def merge(
     \b
     adapter merge sql french --weights 0.7 0.3 -o both
     adapter merge sql french --weights 1 -0.5 --rank 16 -o less-french
+
+    With --into the sum is folded into the weights of a model, file by file, and OUT is a complete model:
+
+    \b
+    adapter merge sql french --weights 0.7 0.3 --into base-7b -o model
     """
     if out is None and not dry_run:
         raise click.UsageError("no output: give -o OUT, or --dry-run to see the plan")
@@ -136,6 +144,17 @@ def merge(
     terms = [w * load(ref) for w, ref in zip(weights, refs, strict=True)]
     whole = sum(terms[1:], terms[0])
     merged = whole.cut(rank=rank, max_error=max_error, budget=budget, dtype=dtype)
+    if given["into"] is not None:
+        if dtype is not None:
+            raise click.UsageError("--dtype is for adapters: a model's weights keep theirs")
+        if spoken:
+            click.echo(DEFAULT_WEIGHTS.format(len(refs)), err=True)
+        merge_into(
+            merged, refs, weights, given, out=out, keep=keep, any_base=any_base, dry_run=dry_run, force=force,
+            as_json=as_json, verbose=verbose, quiet=quiet,
+        )  # fmt: skip
+        return
+    refuse_alone(given)
     if dry_run:
         planned = merged.plan(dtype=dtype, any_base=any_base, keep=keep)
         if spoken:

@@ -79,3 +79,29 @@ def progress(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     finally:
         if shown:
             click.echo("\r\033[K", err=True, nl=False)
+
+
+@contextmanager
+def transfer(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """As `progress`, for bytes: how many a second, and how long it will yet take."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    start = shown = time.monotonic()
+
+    def step(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - start > 1 and now - shown > 0.1:
+            shown = now
+            speed = done / (now - start)
+            left = (total - done) / speed if speed else 0.0
+            filled = 30 * done // max(total, 1)
+            text = f"{label} [{'#' * filled}{'-' * (30 - filled)}] {size(done)} of {size(total)}"
+            click.echo(f"\r{text}, {size(int(speed))}/s, {left:.0f} s left\033[K", err=True, nl=False)
+
+    try:
+        yield step
+    finally:
+        if shown != start:
+            click.echo("\r\033[K", err=True, nl=False)

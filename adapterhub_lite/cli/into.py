@@ -1,0 +1,220 @@
+"""`adapter merge … --into BASE`: adapters folded into a base model's files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import ConfigError, printable
+from .output import print_json, size, table, transfer
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from ..adapter import Adapter
+    from ..folding import Folded, Plan
+    from ..folding.manifest import Retained
+
+LOST = 0.1  # of the change's length along itself: said aloud above
+WORST = 10  # modules shown unless --verbose
+
+OPTIONS = (
+    click.option(
+        "--into", metavar="BASE", type=click.Path(path_type=Path), help="Fold into this model: OUT is a model."
+    ),
+    click.option("--at", metavar="GLOB=W...", multiple=True, help="With --into: other weights for some modules."),
+    click.option("--stochastic", metavar="SEED", type=int, help="With --into: round at random, right on average."),
+    click.option("--link", is_flag=True, help="With --into: link files that do not change."),
+    click.option("--resume", is_flag=True, help="With --into: go on with what an interrupted run left."),
+    click.option("--executor", metavar="URL", help="With --into: fold on a cluster, dask://HOST:PORT."),
+)
+
+
+def into_options(command: Any) -> Any:
+    """The options of `--into`."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+def refuse_alone(given: Mapping[str, Any]) -> None:
+    """Options of `--into` without it are wrong usage."""
+    named = [
+        f"--{name}"
+        for name in ("at", "stochastic", "link", "resume", "executor")
+        if given[name] not in (None, False, ())
+    ]
+    if named:
+        raise click.UsageError(f"{named[0]} is for --into BASE")
+
+
+def parse_at(words: Sequence[str], count: int) -> dict[str, list[float]]:
+    """`*.mlp.*=0.5,0.5` for each glob.
+
+    >>> parse_at(["*.mlp.*=0.5,1"], 2)
+    {'*.mlp.*': [0.5, 1.0]}
+    """
+    found = {}
+    for word in words:
+        glob, is_, numbers = word.rpartition("=")
+        try:
+            weights = [float(number) for number in re.split(r"[,\s]+", numbers.strip(", "))]
+        except ValueError:
+            weights = []
+        if not is_ or len(weights) != count:
+            raise click.UsageError(f"--at {word!r}: write GLOB=W,W with a weight for each of the {count} adapters")
+        found[glob] = weights
+    return found
+
+
+def merge_into(
+    adapter: Adapter,
+    refs: Sequence[str],
+    weights: Sequence[float],
+    given: Mapping[str, Any],
+    *,
+    out: Path | None,
+    keep: str | None,
+    any_base: bool,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Do it, or say what would be done."""
+    base: Path = given["into"]
+    at = parse_at(given["at"], len(adapter.terms))
+    if dry_run:
+        from ..base_model import BaseModel
+        from ..folding import planned
+
+        plan = planned(BaseModel.open(base), adapter, at=at, any_base=any_base, keep=keep)
+        if as_json:
+            print_json({"dry_run": True, "base": str(base), "adapters": _terms(refs, weights), **_facts(plan)})
+        elif not quiet:
+            click.echo(_summary(plan, "would write", out))
+            if out is not None and os.path.lexists(out) and not force:
+                click.echo(f"but {out} exists: choose another -o or pass --force", err=True)
+        return
+    assert out is not None
+    from ..folding import fold
+
+    with transfer("folding", quiet) as step, _executor(given["executor"]) as executor:
+        result = fold(
+            base,
+            adapter,
+            out,
+            at=at,
+            stochastic=given["stochastic"],
+            link=given["link"],
+            resume=given["resume"],
+            force=force,
+            any_base=any_base,
+            keep=keep,
+            executor=executor,
+            progress=step,
+        )
+    if as_json:
+        print_json({"out": str(out), "base": str(base), "adapters": _terms(refs, weights), **result.plain()})
+    elif not quiet:
+        click.echo(f"wrote {out}: {len(result.modules)} layers changed, {len(result.files)} files")
+        click.echo(_retention(result, verbose))
+        if result.left:
+            click.echo(f"left behind (the old weights in other formats, or pickles): {_some(result.left)}")
+    kept = result.retained.projection
+    if kept is not None and kept < 1 - LOST and given["stochastic"] is None:
+        click.echo(
+            f"warning: rounding loses {1 - kept:.0%} of the change; --stochastic SEED keeps it on average, a base in "
+            "float32 all of it",
+            err=True,
+        )
+
+
+@contextmanager
+def _executor(url: str | None) -> Iterator[Executor | None]:
+    """The executor that a URL names; None for threads of this process."""
+    if url is None:
+        yield None
+        return
+    kind, is_, address = url.partition("://")
+    if kind != "dask" or not is_ or not address:
+        raise click.UsageError(f"--executor {printable(url)!r} is no dask://HOST:PORT")
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ConfigError(
+            "dask is not installed", where="--executor", fix="pip install 'adapterhub-lite[cluster]'"
+        ) from None
+    try:
+        client = Client(f"tcp://{address}", timeout="10s")
+    except (OSError, TimeoutError, ValueError) as e:
+        raise ConfigError(
+            f"no cluster answers ({type(e).__name__})", where=url, fix="check the scheduler's address"
+        ) from None
+    with client:
+        yield client.get_executor()
+
+
+def _terms(refs: Sequence[str], weights: Sequence[float]) -> list[dict[str, Any]]:
+    return [{"ref": ref, "weight": w} for ref, w in zip(refs, weights, strict=True)]
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    return {
+        "bytes": plan.model.nbytes,
+        "bytes_computed": plan.touched,
+        "layers": {name: list(layer.weight.shape) for name, layer in plan.layers.items()},
+        "replaced": sorted(whole.old.name for whole in plan.wholes),
+        "left": list(map(str, plan.model.left)),
+    }
+
+
+def _summary(plan: Plan, did: str, out: Path | None) -> str:
+    files = sum(1 for shard in plan.shards if shard.touched)
+    said = [f"{len(plan.layers)} layers changed", f"in {files} of {len(plan.shards)} files", size(plan.model.nbytes)]
+    lines = [f"{did} {out or 'a model'}: {', '.join(said)}, of them {size(plan.touched)} computed"]
+    if plan.wholes:
+        lines.append(f"replaced by trained values: {_some([whole.old.name for whole in plan.wholes])}")
+    if plan.model.left:
+        lines.append(
+            f"left behind (the old weights in other formats, or pickles): {_some(list(map(str, plan.model.left)))}"
+        )
+    return "\n".join(lines)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(printable, names[:5])) + more
+
+
+def _retention(result: Folded, verbose: bool) -> str:
+    """How much of the change survived the rounding: overall, and where least."""
+    lines = [f"of the change {_percent(result.retained)}"]
+    names = sorted(result.modules, key=lambda name: (result.modules[name].projection or 0.0, name))
+    shown = sorted(names) if verbose else names[:WORST]
+    if not verbose and all((result.modules[name].projection or 1.0) > 1 - LOST for name in names):
+        return lines[0]
+    rows = [
+        (printable(name), _number(result.modules[name].projection), f"{result.modules[name].unchanged:.1%}")
+        for name in shown
+    ]
+    lines.append(table(rows, ("module", "kept", "unchanged"), right=(1, 2)))
+    if len(shown) < len(names):
+        lines.append(f"… and {len(names) - len(shown)} modules of which more is kept (-v shows all)")
+    return "\n".join(lines)
+
+
+def _percent(retained: Retained) -> str:
+    kept = f"{_number(retained.projection)} is kept in the rounded weights"
+    return f"{kept}, of which {retained.unchanged:.1%} are unchanged"
+
+
+def _number(projection: float | None) -> str:
+    return "-" if projection is None else f"{projection:.2%}"
