@@ -153,7 +153,7 @@ def _executor(url: str | None) -> Iterator[Executor | None]:
             "dask is not installed", where="--executor", fix="pip install 'adapterhub-lite[cluster]'"
         ) from None
     try:
-        client = Client(f"tcp://{address}", timeout="10s")
+        client: Any = Client(f"tcp://{address}", timeout="10s")
     except (OSError, TimeoutError, ValueError) as e:
         raise ConfigError(
             f"no cluster answers ({type(e).__name__})", where=url, fix="check the scheduler's address"

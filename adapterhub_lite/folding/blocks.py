@@ -20,6 +20,7 @@ from ..source import Single, Source
 from .places import Layer, gives_delta
 
 BLOCK = 1 << 18  # numbers of a weight in work at once: the random numbers of stochastic rounding depend on it too
+EVERY = 8  # blocks, of which one is measured
 
 
 class Span(NamedTuple):
@@ -28,6 +29,7 @@ class Span(NamedTuple):
     start: int
     stop: int
     outputs: bool
+    number: int = 0  # which of the layer's it is
 
 
 class Kept(NamedTuple):
@@ -91,15 +93,15 @@ class Change:
             yield Span(0, whole, outputs)
             return
         step = max(1, BLOCK // max(other, 1))
-        yield from (Span(at, min(at + step, whole), outputs) for at in range(0, whole, step))
+        yield from (Span(at, min(at + step, whole), outputs, i) for i, at in enumerate(range(0, whole, step)))
 
-    def intended(self, W: Tensor, b: Tensor | None, span: Span) -> tuple[Tensor, Tensor | None]:
-        """ΔW and Δb at these rows or columns of W, a float64 matrix; b: of these outputs."""
+    def merged(self, W: Tensor, b: Tensor | None, span: Span) -> tuple[Tensor, Tensor | None]:
+        """W merged and Δb at these rows or columns of W, a float64 matrix; b: of these outputs."""
         here = slice(span.start, span.stop)
         rows, columns = (here, slice(None)) if span.outputs else (slice(None), here)
-        D = W.new_zeros(W.shape) if self.B is None or self.A is None else self.B[rows] @ self.A[:, columns]
+        new = W if self.B is None or self.A is None else torch.addmm(W, self.B[rows], self.A[:, columns])
         for delta in self.others:
-            D += delta.dense()[rows, columns]
+            new = new + delta.dense()[rows, columns]
         db = None if self.db is None or not span.outputs else self.db[here]
         for weight, method, p in self.merges:
             site, own = self.site, p
@@ -108,21 +110,23 @@ class Change:
                 assert found is not None
                 own = found
             W_i, b_i = method.merge(own, W, b, site)
-            D += weight * (W_i - W)
+            new = W_i if new is W and weight == 1.0 else new + weight * (W_i - W)
             if b_i is not None and b_i is not b:
                 if b is None:
                     raise no_bias(self.layer)
                 change = weight * (b_i - b)
                 db = change if db is None else db + change
-        return D, db
+        return new, db
 
     def block(self, stored: Tensor, span: Span, rounded: Rounding) -> tuple[Tensor, Tensor | None, Kept]:
-        """The stored form of some rows or columns, merged; the change of the bias there; what rounding left of ΔW."""
+        """The stored form of some rows or columns, merged; the change of the bias there; what rounding left of ΔW.
+
+        The latter is measured in one of every EVERY blocks.
+        """
         own = self.site.narrow(span.stop - span.start) if span.outputs else self.site
         W = (own.unfold(stored) if span.outputs else stored.mT).double()  # (out, in), either a part of it
         b = self.b[span.start : span.stop] if self.b is not None and span.outputs else None
-        D, db = self.intended(W, b, span)
-        new = W + D
+        new, db = self.merged(W, b, span)
         merged = rounded(new, stored.dtype, self.layer.weight.name, span)
         if not is_finite(merged):
             check_finite(stored, self.layer.weight, fix="download the model again")
@@ -130,13 +134,7 @@ class Change:
                 f"the merged weight of {self.layer.name!r} does not fit {self.layer.weight.dtype}",
                 fix="look for a weight or an alpha that is too large",
             )
-        applied = merged.double().sub_(W)
-        kept = Kept(
-            D.numel(),
-            int(torch.count_nonzero(applied == 0)),
-            float(torch.linalg.vecdot(applied.flatten(), D.flatten())),
-            float(torch.linalg.vecdot(D.flatten(), D.flatten())),
-        )
+        kept = Kept() if span.number % EVERY else _kept(W, new, merged)
         back = own.fold(merged) if span.outputs else merged.mT
         return back.contiguous(), db, kept
 
@@ -148,6 +146,16 @@ class Change:
             check_finite(b, self.layer.bias, fix="download the model again")
             raise NotMergeable(f"the merged bias of {self.layer.name!r} does not fit {self.layer.bias.dtype}")
         return merged
+
+
+def _kept(W: Tensor, new: Tensor, merged: Tensor) -> Kept:
+    applied, intended = (merged.double() - W).flatten(), (new - W).flatten()
+    return Kept(
+        len(intended),
+        len(intended) - int(torch.count_nonzero(applied)),
+        float(torch.dot(applied, intended)),
+        float(torch.dot(intended, intended)),
+    )
 
 
 def no_bias(layer: Layer) -> NotMergeable:
