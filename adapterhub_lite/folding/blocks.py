@@ -20,7 +20,7 @@ from ..source import Single, Source
 from .places import Layer, gives_delta
 
 BLOCK = 1 << 18  # numbers of a weight in work at once: the random numbers of stochastic rounding depend on it too
-EVERY = 8  # blocks, of which one is measured
+EVERY = 16  # blocks, of which one is measured
 
 
 class Span(NamedTuple):
