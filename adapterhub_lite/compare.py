@@ -219,7 +219,7 @@ def _spaces(delta: Delta) -> _Spaces:
     U, S, Vh = algebra.svd(delta)
     largest = float(S.max()) if S.numel() else 0.0
     size = algebra.size(delta)  # infinite where squares of the factors are
-    kept = S > max(_ZERO * largest, _NOISE * size if math.isfinite(size) else 0.0)
+    kept = S.gt(max(_ZERO * largest, _NOISE * size if math.isfinite(size) else 0.0))
     S = S * kept
     norm = largest * float((S / largest).norm()) if kept.any() else 0.0
     return _Spaces(U * kept[..., None, :], S, (Vh * kept[..., :, None]).mT, norm)

@@ -33,7 +33,7 @@ Q, K, CONV, POINT, EMB = "net.layers.0.q", "net.layers.0.k", "net.conv", "net.po
 def spaces(W: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Orthonormal columns of U and V and the singular values that are not zero, of the dense matrix."""
     U, S, Vh = np.linalg.svd(W)
-    r = int(np.count_nonzero(S > 1e-9 * S.max(initial=0)))
+    r = int(np.count_nonzero(np.greater(S, 1e-9 * S.max(initial=0))))
     return U[:, :r], S[:r], Vh[:r].T
 
 
