@@ -37,13 +37,13 @@ def _relation(found: Likeness, norm_a: float, norm_b: float, a: str, b: str, bot
         return f"{zero} changes no weight: there is nothing to interfere"
     if not both:
         return "no module in common: their sum has each in its own layers, and they meet in activations only"
-    angle = f"cosine {found.cosine:.2g}"
+    angle = f"cosine {found.cosine:.2f}".replace("-0.00", "0.00")
     if found.cosine <= AGAINST:
         return f"they pull against each other ({angle}): a sum cancels part of both; try a smaller weight for one"
     if found.cosine >= ALIKE:
         return f"they largely agree ({angle}): weights that add up to 1 keep the size, 1 and 1 double the common part"
     shared = [
-        f"{what} directions (overlap {overlap:.2g}, by chance {chance:.2g})"
+        f"{what} directions (overlap {overlap:.2f}, by chance {chance:.2f})"
         for what, overlap, chance in (
             ("input", found.overlap_in, found.chance_in),
             ("output", found.overlap_out, found.chance_out),

@@ -93,11 +93,6 @@ class Module:
     pairs: Mapping[tuple[int, int], Likeness]
     """By the positions (i, j), i < j, of the adapters."""
 
-    @property
-    def gap(self) -> float:
-        """The largest of any two adapters."""
-        return max(pair.gap for pair in self.pairs.values())
-
 
 @dataclass(frozen=True)
 class Diff:

@@ -237,7 +237,7 @@ def _commit(
     """Make `temp`, or the file in it, the new `out`; an old folder is then at `temp`. All or nothing."""
     parent, temp = temp, temp if kind == "folder" else temp / out.name
     for _ in range(_ATTEMPTS):
-        change = _move
+        change: Callable[[Path, Path], None] = _move
         if _occupied(out, force, replaceable, kind):
             change = _exchange if kind == "folder" else _replace
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_staging import at_call, disk_full, interrupt, leftovers
 
-from adapterhub_lite.errors import AdapterError, FileError, OutputExists
+from adapterhub_lite.errors import FileError, OutputExists
 from adapterhub_lite.staging import staged_file
 
 OLD, NEW = b"old" * 50, b"new" * 99
@@ -82,12 +82,13 @@ def test_a_failure_at_any_call_leaves_the_old_or_the_new_file(
         save(out, NEW, force=force)
     for n in range(1, len(calls) + 1):
         start()
+        said = ""
         try:
             with at_call(n, act, exchange=exchange):  # type: ignore[arg-type]
                 save(out, NEW, force=force)
         except error as caught:
-            assert not isinstance(caught, AdapterError) or str(out.name) in str(caught) or str(tmp_path) in str(caught)
-            assert ".adapter-tmp" not in str(caught)
+            said = str(caught)
+        assert ".adapter-tmp" not in said
         now = out.read_bytes() if out.exists() else None
         assert now in ((OLD, NEW) if force else (None, NEW))
         save(tmp_path / "next", NEW, force=True)  # which removes what a dead run left
