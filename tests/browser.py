@@ -11,16 +11,26 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe"
-).split()
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"),
+    *("--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"),
+    "--disable-sync",
+]
+# Gives the pipes the numbers that the browser expects. No preexec_fn: torch has threads by now.
+START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for number, end in zip((3, 4), ends):
+    os.dup2(end, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 PATIENCE = 60.0  # seconds, of a browser that answers nothing
 
 
@@ -49,10 +59,13 @@ class Browser:
         theirs_in, ours_out = os.pipe()
         ours_in, theirs_out = os.pipe()
         command = [CHROMIUM, *FLAGS, f"--user-data-dir={self.folder}", "about:blank"]
-        script = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'  # the numbers that the browser expects
         with (self.folder.parent / "chromium.log").open("wb") as log:
             self._process = subprocess.Popen(
-                ["sh", "-c", script, "sh", *command], pass_fds=(theirs_in, theirs_out), stdout=log, stderr=log
+                [sys.executable, "-c", START, str(theirs_in), str(theirs_out), *command],
+                pass_fds=(theirs_in, theirs_out),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         os.close(theirs_in)
         os.close(theirs_out)

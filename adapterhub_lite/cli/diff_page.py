@@ -26,8 +26,8 @@ vectors: 1 for the same direction, 0 for unrelated ones, −1 for opposite ones.
 <p><b>Overlap out</b> compares the directions that the changes write to (column spaces), <b>overlap in</b> those that
 they read from (row spaces): the mean cos² of the principal angles. <b>By chance</b> is its mean for random spaces of
 the same ranks. <b>Conflicts</b> is the share of entries with opposite signs: 50 % for unrelated changes.</p>
-<p>Colours of cosines and overlaps go by the root of the number, so that small ones can be told apart. A dash is a number that is not defined,
-an empty cell a module that is not adapted.</p>
+<p>Colours of cosines and overlaps go by the root of the number, so that small ones can be told apart. A dash is a
+number that is not defined, or a module that is not adapted.</p>
 """
 
 

@@ -217,7 +217,7 @@ def spectra(caption: str, curves: Sequence[Sequence[Sequence[float]]]) -> str:
         f"<figure><figcaption>{text(caption)}</figcaption>"
         f'<svg viewBox="0 -6 {WIDTH + 8} {HEIGHT + 6}" role="img" aria-label="{text(caption)}">'
         f'<path class="axis" d="M{LEFT} 0V{floor}H{WIDTH}" fill="none"/>'
-        f'<text x="{LEFT - 4}" y="5" text-anchor="end">{top:.2g}</text>'
+        f'<text x="{LEFT - 4}" y="5" text-anchor="end">{top:.3g}</text>'
         f'<text x="{LEFT - 4}" y="{floor}" text-anchor="end">0</text>'
         f'<text x="{LEFT}" y="{HEIGHT}">1</text>'
         f'<text x="{WIDTH}" y="{HEIGHT}" text-anchor="end">{longest if longest > 1 else ""}</text>'
