@@ -13,7 +13,7 @@ from ..adapter import load
 from ..advice import ELSEWHERE
 from ..errors import printable
 from ..staging import staged_file
-from .output import print_json, progress, table
+from .output import number, print_json, progress, table
 
 if TYPE_CHECKING:
     from ..compare import Diff, Likeness, Module, Pair
@@ -213,11 +213,6 @@ def overlap(pair: Likeness) -> float | None:
     if pair.overlap_out is None or pair.overlap_in is None:
         return None
     return (pair.overlap_out + pair.overlap_in) / 2
-
-
-def number(x: float | None) -> str:
-    """A size or a distance, to three digits; a dash for what is not defined."""
-    return "-" if x is None else f"{x:.0f}" if 1000 <= x < 1e6 else f"{x:.3g}"
 
 
 def share(x: float | None) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..advice import ELSEWHERE
-from .diff import by_number, most_different, number, overlap, share, shared
+from .diff import by_number, most_different, overlap, share, shared
+from .output import number
 from .page import Cell, Places, Scale, card, document, grid, heatmap, keys, listing, spectra, text
 
 if TYPE_CHECKING:

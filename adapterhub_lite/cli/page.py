@@ -16,6 +16,7 @@ from typing import Literal
 
 from .._version import __version__
 from ..errors import printable
+from .output import number
 
 MARK = '<meta name="generator" content="adapterhub-lite '  # by which a page of ours is known
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -110,7 +111,8 @@ class Scale:
         return f'<td class="{kind}" style="--v:{strength}%" title="{text(title)}">{text(shown)}</td>'
 
     def bar(self) -> str:
-        low, high = self.ends or (f"−{self.top:.3g}" if self.signed else "0", f"{self.top:.3g}")
+        top = number(self.top)
+        low, high = self.ends or (f"−{top}" if self.signed else "0", top)
         return f'<div class="bar">{low}<i{" class=n" if self.signed else ""}></i>{high}</div>'
 
 
@@ -217,7 +219,7 @@ def spectra(caption: str, curves: Sequence[Sequence[Sequence[float]]]) -> str:
         f"<figure><figcaption>{text(caption)}</figcaption>"
         f'<svg viewBox="0 -6 {WIDTH + 8} {HEIGHT + 6}" role="img" aria-label="{text(caption)}">'
         f'<path class="axis" d="M{LEFT} 0V{floor}H{WIDTH}" fill="none"/>'
-        f'<text x="{LEFT - 4}" y="5" text-anchor="end">{top:.3g}</text>'
+        f'<text x="{LEFT - 4}" y="5" text-anchor="end">{number(top)}</text>'
         f'<text x="{LEFT - 4}" y="{floor}" text-anchor="end">0</text>'
         f'<text x="{LEFT}" y="{HEIGHT}">1</text>'
         f'<text x="{WIDTH}" y="{HEIGHT}" text-anchor="end">{longest if longest > 1 else ""}</text>'
