@@ -14,7 +14,7 @@ from browser import CHROMIUM, Browser
 
 import adapterhub_lite as ah
 from adapterhub_lite.cli.diff_page import page
-from adapterhub_lite.cli.page import Places
+from adapterhub_lite.cli.layers import Places
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

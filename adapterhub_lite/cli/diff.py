@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +11,9 @@ import click
 from ..adapter import load
 from ..advice import ELSEWHERE
 from ..errors import printable
-from ..staging import staged_file
+from .layers import by_number
 from .output import number, print_json, progress, table
+from .page import staged_page
 
 if TYPE_CHECKING:
     from ..compare import Diff, Likeness, Module, Pair
@@ -54,7 +54,7 @@ def diff(
     if len(refs) < 2:
         raise click.UsageError("one adapter has nothing to be compared with: give two or more")
     adapters = [load(ref) for ref in refs]
-    with _page(html, force) as file:
+    with staged_page(html, force=force) as file:  # first: a refused FILE costs no work
         from ..compare import diff as compare
 
         with progress("comparing", quiet) as step:
@@ -69,18 +69,6 @@ def diff(
         click.echo(_text(found, verbose))
         if html is not None:
             click.echo(f"wrote {printable(str(html))}")
-
-
-@contextlib.contextmanager
-def _page(html: Path | None, force: bool) -> Iterator[Path | None]:
-    """Where to write the page; a refused FILE costs no work."""
-    if html is None:
-        yield None
-        return
-    from .page import is_page
-
-    with staged_file(html, force=force, replaceable=is_page) as file:
-        yield file
 
 
 def _text(found: Diff, verbose: bool) -> str:
@@ -201,11 +189,6 @@ def most_different(module: Module) -> tuple[tuple[int, int], Likeness]:
 def _by_gap(module: Module) -> tuple[bool, float]:
     """Those that only one has come last: that much is said elsewhere."""
     return sum(norm is not None for norm in module.norms) < 2, -most_different(module)[1].gap
-
-
-def by_number(item: tuple[str, object]) -> list[tuple[int, str]]:
-    """A name's place in a list: layer 10 comes after layer 9."""
-    return [(int(word[:9]), "") if word.isdecimal() else (-1, word) for word in item[0].split(".")]
 
 
 def overlap(pair: Likeness) -> float | None:

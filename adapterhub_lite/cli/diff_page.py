@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 from ..advice import ELSEWHERE
-from .diff import by_number, most_different, overlap, share, shared
+from .diff import most_different, overlap, share, shared
+from .layers import Number, Places, by_number, short
 from .output import number
-from .page import Cell, Places, Scale, card, document, grid, heatmap, keys, listing, spectra, text
+from .page import Cell, Scale, card, document, grid, heatmap, listing, text
 
 if TYPE_CHECKING:
-    from ..compare import Diff, Likeness, Module, Pair
-
-Number: TypeAlias = "float | None"
+    from ..compare import Diff, Likeness, Pair
 
 PAIRS = 15  # pairs that have maps of their own
-PLOTS = 24  # spectra
 GAP = "‖A − B‖ / (‖A‖ + ‖B‖)"
 COLUMNS = 6  # adapters whose norms have columns of their own
 
@@ -50,7 +49,7 @@ def page(found: Diff) -> str:
         parts += ["<h2>Layer by layer</h2>", grid(_norms(found, places)), *_maps(found, places)]
         if len(places.at) < len(found.modules):
             parts.append('<p class="soft">Modules without a layer number are in the table below.</p>')
-    parts += ["<h2>Spectra</h2>", *_spectra(found, places)]
+    parts += ["<h2>Spectra</h2>", *places.spectra(found.names, {n: m.spectra for n, m in found.modules.items()})]
     parts += [f"<h2>All {len(found.modules)} modules</h2>", _table(found)]
     parts += ["<h2>What the numbers are</h2>", MEASURES]
     return document("Adapters compared", *parts)
@@ -110,29 +109,16 @@ def _matrices(found: Diff) -> list[str]:
 # Layer by layer -----------------------------------------------------------------------------------------
 
 
-def _map(
-    found: Diff,
-    places: Places,
-    title: str,
-    note: str,
-    get: Callable[[Module], Number],
-    shown: Callable[[Number], str],
-    scale: Scale,
-    strength: Callable[[float], float] = lambda value: value,
-) -> str:
-    cells = {}
-    for name, place in places.at.items():
-        value = get(found.modules[name])
-        cells[place] = Cell(None if value is None else strength(value), shown(value), f"{name}: {shown(value)}")
-    return heatmap(title, note, places.rows, places.columns, cells, scale)
-
-
 def _norms(found: Diff, places: Places) -> list[str]:
     top = max((norm for name in places.at for norm in found.modules[name].norms if norm is not None), default=0.0)
     return [
-        _map(found, places, f"‖ΔW‖ of {name}", "", lambda module, i=i: module.norms[i], number, Scale(top, root=False))  # type: ignore[misc]
+        places.map(f"‖ΔW‖ of {name}", "", partial(_norm, found, i), number, Scale(top, root=False))
         for i, name in enumerate(found.names)
     ]
+
+
+def _norm(found: Diff, i: int, name: str) -> Number:
+    return found.modules[name].norms[i]
 
 
 def _maps(found: Diff, places: Places) -> list[str]:
@@ -155,7 +141,7 @@ def _of_pair(found: Diff, places: Places, key: tuple[int, int], pair: Pair) -> l
         scale: Scale,
         strength: Callable[[float], float] = lambda value: value,
     ) -> str:
-        return _map(found, places, title, note, lambda module: get(module.pairs[key]), _short, scale, strength)
+        return places.map(title, note, lambda name: get(found.modules[name].pairs[key]), short, scale, strength)
 
     parts = [
         one("Cosine", "", lambda p: p.cosine, Scale(signed=True)),
@@ -169,37 +155,7 @@ def _of_pair(found: Diff, places: Places, key: tuple[int, int], pair: Pair) -> l
     return parts
 
 
-def _short(x: float | None) -> str:
-    """To two places, as .07: cells are narrow."""
-    shown = "-" if x is None else f"{x:.2f}".replace("0.", ".", 1)
-    return "0" if shown in (".00", "-.00") else shown
-
-
-# Spectra and the table ----------------------------------------------------------------------------------
-
-
-def _spectra(found: Diff, places: Places) -> list[str]:
-    groups: dict[str, list[str]] = {}
-    for name in found.modules:
-        groups.setdefault(places.at[name][1] if name in places.at else name, []).append(name)
-    plots = [spectra(_caption(kind, names), _curves(found, names)) for kind, names in groups.items()]
-    plots = [plot for plot in plots if plot]
-    parts = [
-        '<p class="soft">Singular values of ΔW. Line: the median over the layers of a kind; band: their range.</p>',
-        keys(found.names),
-        grid(plots[:PLOTS], "small"),
-    ]
-    if len(plots) > PLOTS:
-        parts.append(f'<p class="soft">The first {PLOTS} of {len(plots)} kinds.</p>')
-    return parts
-
-
-def _caption(kind: str, names: Sequence[str]) -> str:
-    return f"{kind} ({len(names)})" if len(names) > 1 else kind
-
-
-def _curves(found: Diff, names: Sequence[str]) -> list[list[tuple[float, ...]]]:
-    return [[own for name in names if (own := found.modules[name].spectra[i])] for i in range(len(found.names))]
+# The table ----------------------------------------------------------------------------------------------
 
 
 def _table(found: Diff) -> str:

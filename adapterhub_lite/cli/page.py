@@ -5,10 +5,11 @@ Names come from strangers' files, so everything that is not made here goes throu
 
 from __future__ import annotations
 
+import contextlib
 import html
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Literal
 
 from .._version import __version__
 from ..errors import printable
+from ..staging import staged_file
 from .output import number
 
 MARK = '<meta name="generator" content="adapterhub-lite '  # by which a page of ours is known
@@ -25,6 +27,16 @@ WIDE = 9  # columns that fit a phone
 DARK = 72  # per cent of the strong colour from which the other colour is read on it
 COLOURS, DASHES = 6, 3
 WIDTH, HEIGHT, LEFT, BOTTOM = 240, 120, 30, 14  # of a plot
+
+
+@contextlib.contextmanager
+def staged_page(file: Path | None, *, force: bool) -> Iterator[Path | None]:
+    """Where to write the page that is to be at `file`; None if there is to be none."""
+    if file is None:
+        yield None
+        return
+    with staged_file(file, force=force, replaceable=is_page) as temp:
+        yield temp
 
 
 def is_page(file: Path) -> bool:
@@ -145,39 +157,6 @@ def heatmap(
         f'<div class="scroll"><table class="map{many}" style="--first:{first:.1f}rem">'
         f"<thead><tr><th></th>{top}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{scale.bar()}</figure>"
     )
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where modules are in a model: by layer and kind, read from the numbers in their names.
-
-    >>> places = Places.of(["model.layers.0.attn.q", "model.layers.1.attn.q", "model.layers.1.mlp.up", "head"])
-    >>> places.rows, places.columns, places.at["model.layers.1.mlp.up"]
-    (['0', '1'], ['attn.q', 'mlp.up'], ('1', 'mlp.up'))
-    >>> "head" in places.at
-    False
-    """
-
-    rows: list[str]
-    columns: list[str]
-    at: Mapping[str, tuple[str, str]]
-
-    @classmethod
-    def of(cls, names: Sequence[str]) -> Places:
-        found: dict[str, tuple[int, tuple[str, ...]]] = {}
-        for name in names:
-            words = name.split(".")
-            n = next((i for i, word in enumerate(words) if word.isdecimal() and word.isascii()), None)
-            if n is not None and n + 1 < len(words):
-                found[name] = (int(words[n][:9]), (*words[:n], "*", *words[n + 1 :]))
-        kinds = sorted({kind for _, kind in found.values()})
-        # What all have in front of them tells nothing.
-        shared = 0
-        while kinds and all(len(k) > shared + 1 and k[: shared + 1] == kinds[0][: shared + 1] for k in kinds):
-            shared += 1
-        rows = [str(n) for n in sorted({n for n, _ in found.values()})]
-        at = {name: (str(n), ".".join(kind[shared:])) for name, (n, kind) in found.items()}
-        return cls(rows, [".".join(kind[shared:]) for kind in kinds], at)
 
 
 # Spectra ------------------------------------------------------------------------------------------------
