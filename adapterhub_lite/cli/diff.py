@@ -12,7 +12,7 @@ from ..adapter import load
 from ..advice import ELSEWHERE
 from ..errors import printable
 from .layers import by_number
-from .output import number, print_json, progress, table
+from .output import number, print_json, progress, share, table
 from .page import staged_page
 
 if TYPE_CHECKING:
@@ -196,8 +196,3 @@ def overlap(pair: Likeness) -> float | None:
     if pair.overlap_out is None or pair.overlap_in is None:
         return None
     return (pair.overlap_out + pair.overlap_in) / 2
-
-
-def share(x: float | None) -> str:
-    """A cosine or an overlap, to three places."""
-    return "-" if x is None else f"{x + 0.0:.3f}".replace("-0.000", "0.000")

@@ -8,9 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..advice import ELSEWHERE
-from .diff import most_different, overlap, share, shared
+from .diff import most_different, overlap, shared
 from .layers import Number, Places, by_number, short
-from .output import number
+from .output import number, share
 from .page import Cell, Scale, card, document, grid, heatmap, listing, text
 
 if TYPE_CHECKING:
