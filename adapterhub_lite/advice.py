@@ -42,16 +42,24 @@ def _relation(found: Likeness, norm_a: float, norm_b: float, a: str, b: str, bot
         return f"they pull against each other ({angle}): a sum cancels part of both; try a smaller weight for one"
     if found.cosine >= ALIKE:
         return f"they largely agree ({angle}): weights that add up to 1 keep the size, 1 and 1 double the common part"
-    shared = [
-        f"{what} directions (overlap {overlap:.2f}, by chance {chance:.2f})"
-        for what, overlap, chance in (
-            ("input", found.overlap_in, found.chance_in),
-            ("output", found.overlap_out, found.chance_out),
-        )
-        if overlap is not None and chance is not None and overlap - chance >= SHARED * (1 - chance) > 0
-    ]
+    there = _shared(found)
     if found.cosine >= RELATED:
-        return f"they agree in part ({angle}): a sum makes the common part larger than either had it"
-    if shared:
-        return f"nearly orthogonal ({angle}), but in the same {' and '.join(shared)}: they may interfere there"
+        return f"they agree in part ({angle}): a sum makes the common part larger than either had it" + (
+            f"; beside that they use the same {there}: they may interfere there" if there else ""
+        )
+    if there:
+        return f"nearly orthogonal ({angle}), but in the same {there}: they may interfere there"
     return f"nearly orthogonal ({angle}), in directions of their own: a sum keeps both; no interference is seen"
+
+
+def _shared(found: Likeness) -> str:
+    """The sides on which the two use the same directions, and how far."""
+    sides = (
+        ("input", found.overlap_in, found.chance_in, ", as adapters from one seed do"),
+        ("output", found.overlap_out, found.chance_out, ""),
+    )
+    return " and ".join(
+        f"{what} directions (overlap {overlap:.2f}, by chance {chance:.2f}{why})"
+        for what, overlap, chance, why in sides
+        if overlap is not None and chance is not None and overlap - chance >= SHARED * (1 - chance) > 0
+    )
