@@ -17,6 +17,8 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
     from .adapter import load as load
+    from .compare import Diff as Diff
+    from .compare import diff as diff
     from .delta import Delta as Delta
     from .delta import Dense as Dense
     from .delta import LowRank as LowRank
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapter": "adapter",
     "load": "adapter",
+    "Diff": "compare",
+    "diff": "compare",
     "Delta": "delta",
     "Dense": "delta",
     "LowRank": "delta",

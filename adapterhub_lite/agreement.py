@@ -26,7 +26,7 @@ def common_sites(parts: Sequence[tuple[str, Mapping[str, SiteContents]]]) -> dic
                 raise NotMergeable(
                     f"at {name!r} {other} adapts a {known.kind} of shape {list(known.weight_shape)} and "
                     f"{label} a {part.kind} of shape {list(part.weight_shape)}",
-                    fix="merge adapters of one base model",
+                    fix="take adapters of one base model",
                 )
     return {name: sites[name][1] for name in sorted(sites)}
 

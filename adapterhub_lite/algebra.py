@@ -1,4 +1,4 @@
-"""What can be computed with deltas: sum, inner product, norm, spectrum, optimal truncation, rounding.
+"""What can be computed with deltas: sum, inner product, norm, spectrum, SVD, size, optimal truncation, rounding.
 
 Every function is pure: it changes no argument and records no gradient. Whatever the
 dtype of the inputs, the arithmetic and the results are float64; only `total` and `rounded`
@@ -245,6 +245,35 @@ def _norm(x: Delta, grams: dict[int, Tensor]) -> float:
 
 
 @torch.no_grad()
+def size(x: Delta) -> float:
+    """S, what errors are measured in: |s| Σᵢ ‖bᵢ‖ ‖aᵢ‖ of factors, and otherwise the norm.
+
+    >>> size(LowRank(torch.ones(4, 2), torch.tensor([[1.0], [-1.0]])))  # of a delta that is zero
+    4.0
+    """
+    if not isinstance(x, LowRank):
+        return norm(x)
+    products = torch.linalg.vector_norm(_f64(x.B), dim=-2) * torch.linalg.vector_norm(_f64(x.A), dim=-1)
+    return abs(x.scale) * _length(products.sum(-1))
+
+
+@torch.no_grad()
+def rows(x: Delta, start: int, stop: int) -> Tensor:
+    """Some rows of the matrix, (*batch, stop - start, in), in float64; no others are written out.
+
+    >>> rows(LowRank(torch.arange(4.0)[:, None], torch.ones(1, 2)), 2, 4).tolist()
+    [[2.0, 2.0], [3.0, 3.0]]
+    """
+    if isinstance(x, LowRank):
+        return (x.scale * _f64(x.B[..., start:stop, :])) @ _f64(x.A)
+    if isinstance(x, Dense):
+        return _f64(x.W[..., start:stop, :])
+    width = x.shape[-1]
+    inside = (x.index >= start * width) & (x.index < stop * width)
+    return Sparse(x.index[inside] - start * width, _f64(x.values[inside]), (stop - start, width)).dense()
+
+
+@torch.no_grad()
 def spectrum(x: Delta) -> Tensor:
     """The singular values, (*batch, min(r, out, in)), descending.
 
@@ -273,7 +302,7 @@ def truncate(x: Delta, rank: int) -> tuple[LowRank, Delta]:
     """
     if rank < 0:
         raise ConfigError(f"rank is {rank}", fix="give 0 or more")
-    U, S, Vh = _svd(x)
+    U, S, Vh = svd(x)
     cut = min(rank, S.shape[-1])
     # With the matrix at hand the rest is a difference; otherwise it is what remains of the factors.
     written = not _has_core(x) and cut < S.shape[-1]
@@ -338,8 +367,16 @@ def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return new, _f64(new) - _f64(x)
 
 
-def _svd(x: Delta) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin singular value decomposition, without writing out a LowRank that is smaller."""
+@torch.no_grad()
+def svd(x: Delta) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin singular value decomposition U (*batch, out, k), S (*batch, k), Vᴴ (*batch, k, in).
+
+    k = min(r, out, in). A LowRank that is smaller than its matrix is not written out.
+
+    >>> U, S, Vh = svd(LowRank(torch.ones(8, 1), torch.ones(1, 2), -0.5))
+    >>> U.shape, S.round(decimals=9).tolist(), Vh.shape
+    (torch.Size([8, 1]), [2.0], torch.Size([1, 2]))
+    """
     if not _has_core(x):
         U, S, Vh = torch.linalg.svd(_finite(_dense(x)), full_matrices=False)
         return U, S, Vh

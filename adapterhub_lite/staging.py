@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, whatever fails or is killed on the way."""
+"""A folder, or a file, that appears whole or not at all, whatever fails or is killed on the way."""
 
 from __future__ import annotations
 
@@ -54,8 +54,28 @@ def staged(
     its folder stays if `keep(folder)`, and is given to the next run for the same
     `out` that wants to `resume`; any other such run removes it.
     """
+    with _staged(out, force, replaceable, "folder", keep, resume) as temp:
+        yield temp
+
+
+@contextlib.contextmanager
+def staged_file(out: Path, *, force: bool = False, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
+    """As `staged`, for a single file: the path to write it to."""
+    with _staged(out, force, replaceable, "file") as temp:
+        yield temp / Path(out).name
+
+
+@contextlib.contextmanager
+def _staged(
+    out: Path,
+    force: bool,
+    replaceable: Callable[[Path], bool],
+    kind: str,
+    keep: Callable[[Path], bool] | None = None,
+    resume: bool = False,
+) -> Iterator[Path]:
     if "\0" in str(out) or Path(out).name in ("", ".."):
-        raise FileError("this cannot be the name of a new folder", where=out, fix="name the folder itself")
+        raise FileError(f"this cannot be the name of a new {kind}", where=out, fix=f"name the {kind} itself")
     temp: Path | None = None
     try:
         out = Path(out).absolute()  # the block may change the working directory
@@ -63,12 +83,12 @@ def staged(
         try:
             _make_parents(out.parent, made)
             _sweep(out.parent)
-            _occupied(out, force, replaceable)
+            _occupied(out, force, replaceable, kind)
             opened = _fresh_folder(out, made) if keep is None else _lasting_folder(out, made, keep, resume)
             with opened as temp:
                 yield temp
                 _sync_tree(temp)
-                _commit(temp, out, made, force, replaceable)
+                _commit(temp, out, made, force, replaceable, kind)
         except BaseException:
             for folder in reversed(made):
                 with contextlib.suppress(OSError):
@@ -87,7 +107,9 @@ def staged(
 
 def _outward(error: FileError, temp: Path, out: Path) -> FileError:
     """`error` as one about `out`, not about the temporary folder, of which nobody has heard."""
-    where = error.where.replace(printable(str(temp)), printable(str(out)))
+    where = error.where
+    for ours in (temp / out.name, temp):  # the file in it, or itself
+        where = where.replace(printable(str(ours)), printable(str(out)))
     return FileError(error.what, where=where, fix=error.fix)
 
 
@@ -103,23 +125,25 @@ def _make_parents(folder: Path, made: list[Path]) -> None:
             made.append(each)
 
 
-def _occupied(out: Path, force: bool, replaceable: Callable[[Path], bool]) -> bool:
+def _occupied(out: Path, force: bool, replaceable: Callable[[Path], bool], kind: str) -> bool:
     """Whether `out` exists; raises OutputExists unless it may be replaced."""
     try:
         mode = out.lstat().st_mode
     except FileNotFoundError:
         return False
     if stat.S_ISLNK(mode):
-        raise OutputExists("this is a link", where=out, fix="name the folder it points to, or another one")
-    if not stat.S_ISDIR(mode):
-        raise OutputExists("this is a file, not a folder", where=out, fix="choose another -o")
+        raise OutputExists("this is a link", where=out, fix=f"name the {kind} it points to, or another one")
+    another = "choose another -o" if kind == "folder" else "choose another name"
+    if not (stat.S_ISDIR if kind == "folder" else stat.S_ISREG)(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "a file" if kind == "folder" else "a device or a pipe"
+        raise OutputExists(f"this is {found}, not a {kind}", where=out, fix=another)
     if not force:
-        raise OutputExists("the output exists", where=out, fix="choose another -o or pass --force")
+        raise OutputExists("the output exists", where=out, fix=f"{another} or pass --force")
     if not replaceable(out):
         raise OutputExists(
-            "this folder does not look like an output of ours, and is not deleted even with --force",
+            f"this {kind} does not look like an output of ours, and is not deleted even with --force",
             where=out,
-            fix="choose another -o or remove it yourself",
+            fix=f"{another} or remove it yourself",
         )
     return True
 
@@ -264,14 +288,19 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _commit(temp: Path, out: Path, made: list[Path], force: bool, replaceable: Callable[[Path], bool]) -> None:
-    """Make `temp` the new `out`; the old one, if any, is then at `temp`. All or nothing."""
+def _commit(
+    temp: Path, out: Path, made: list[Path], force: bool, replaceable: Callable[[Path], bool], kind: str
+) -> None:
+    """Make `temp`, or the file in it, the new `out`; an old folder is then at `temp`. All or nothing."""
+    parent, temp = temp, temp if kind == "folder" else temp / out.name
     for _ in range(_ATTEMPTS):
-        change = _exchange if _occupied(out, force, replaceable) else _move
+        change: Callable[[Path, Path], None] = _move
+        if _occupied(out, force, replaceable, kind):
+            change = _exchange if kind == "folder" else _replace
         try:
             change(temp, out)
         except OSError as error:
-            if error.errno not in _SOMEBODY_WAS_QUICKER or not temp.is_dir():
+            if error.errno not in _SOMEBODY_WAS_QUICKER or not parent.is_dir():
                 raise
             continue  # `out` came or went since we looked
         try:
@@ -280,7 +309,7 @@ def _commit(temp: Path, out: Path, made: list[Path], force: bool, replaceable: C
         except BaseException:
             if change is _exchange:
                 _exchange(temp, out)
-            else:
+            elif change is _move:
                 _move(out, temp)
             raise
         return
@@ -297,6 +326,11 @@ def _move(source: Path, target: Path) -> None:
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
         source.rename(target)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Rename a file over another one, in one step."""
+    source.replace(target)
 
 
 def _exchange(temp: Path, out: Path) -> None:

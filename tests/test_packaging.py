@@ -33,7 +33,7 @@ def test_both_packages_are_in_the_wheel_with_their_types(wheel: zipfile.ZipFile)
     for package in ("adapterhub_lite", "plugins/adapterhub_lite_plugins"):
         for file in (ROOT / package).rglob("*.py"):
             assert str(file.relative_to(ROOT)).removeprefix("plugins/") in names
-    assert {"adapterhub_lite/py.typed", "adapterhub_lite_plugins/py.typed"} <= names
+    assert {"adapterhub_lite/py.typed", "adapterhub_lite_plugins/py.typed", "adapterhub_lite/cli/page.css"} <= names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"adapterhub_lite", "adapterhub_lite_plugins"}
     assert any(name.endswith("/LICENSE") for name in names)

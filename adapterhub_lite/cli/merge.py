@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,10 @@ def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option("--any-base", is_flag=True, help="Merge although the adapters name different base models.")
 @into_options
 @click.option("--dry-run", is_flag=True, help="Say what would be written, from the headers, and stop.")
-@click.option("--force", is_flag=True, help="Replace the adapter or model at OUT.")
+@click.option(
+    "--report", metavar="FILE", type=click.Path(path_type=Path), help="Write a page on what was kept to FILE."
+)
+@click.option("--force", is_flag=True, help="Replace the adapter or model at OUT, and the page at FILE.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every module.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -111,6 +115,7 @@ def merge(
     keep: str | None,
     any_base: bool,
     dry_run: bool,
+    report: Path | None,
     force: bool,
     as_json: bool,
     verbose: bool,
@@ -147,6 +152,8 @@ def merge(
     if given["into"] is not None:
         if dtype is not None:
             raise click.UsageError("--dtype is for adapters: a model's weights keep theirs")
+        if report is not None:
+            raise click.UsageError("--report is about merged adapters; with --into, say -v to see every module")
         if spoken:
             click.echo(DEFAULT_WEIGHTS.format(len(refs)), err=True)
         merge_into(
@@ -155,6 +162,8 @@ def merge(
         )  # fmt: skip
         return
     refuse_alone(given)
+    if report is not None:
+        _check_report(report, refs, out, dry_run)
     if dry_run:
         planned = merged.plan(dtype=dtype, any_base=any_base, keep=keep)
         if spoken:
@@ -167,8 +176,15 @@ def merge(
                 click.echo(f"but {out} exists: choose another -o or pass --force", err=True)
         return
     assert out is not None
-    with progress("merging", quiet) as step:
-        planned, error = merged.write(out, dtype=dtype, force=force, any_base=any_base, keep=keep, progress=step)
+    with _page(report, force) as file:
+        with progress("merging", quiet) as step:
+            planned, error = merged.write(out, dtype=dtype, force=force, any_base=any_base, keep=keep, progress=step)
+        if file is not None:
+            from . import merge_page
+
+            with progress("reporting", quiet) as step:
+                found, shown = merge_page.compared(out, refs, weights, step)
+            file.write_text(merge_page.page(found, shown, planned, error, len(refs)), encoding="utf-8")
     if spoken:
         click.echo(DEFAULT_WEIGHTS.format(len(refs)), err=True)
     if as_json:
@@ -176,6 +192,30 @@ def merge(
     elif not quiet:
         click.echo(_summary(planned, "wrote", out))
         click.echo(_errors(planned, error, verbose))
+        if report is not None:
+            click.echo(f"wrote {printable(str(report))}")
+
+
+def _check_report(report: Path, refs: Sequence[str], out: Path | None, dry_run: bool) -> None:
+    """Refuse what the page could not be made of, or could not be put at, before any work."""
+    from . import merge_page
+
+    if dry_run or out is None:
+        raise click.UsageError("--report is about what was written, and --dry-run writes nothing")
+    if out.absolute() in (report.absolute(), *report.absolute().parents):
+        raise click.UsageError(f"--report {printable(str(report))} is in OUT; choose another place")
+    if any(os.path.realpath(out) == os.path.realpath(ref) for ref in refs):
+        raise click.UsageError(f"{printable(str(out))} is merged and replaced, so nothing is left to report on")
+    merge_page.check(refs)
+
+
+def _page(report: Path | None, force: bool) -> AbstractContextManager[Path | None]:
+    """Where to write the page, if there is to be one; no other run imports what makes it."""
+    if report is None:
+        return nullcontext()
+    from .page import staged_page
+
+    return staged_page(report, force=force)
 
 
 def _report(

@@ -31,6 +31,16 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str], right: Sequence[in
     )
 
 
+def number(x: float | None) -> str:
+    """A size or a distance, to three digits; a dash for what is not defined."""
+    return "-" if x is None else f"{x:.0f}" if 1000 <= x < 1e6 else f"{x:.3g}"
+
+
+def share(x: float | None) -> str:
+    """A cosine or an overlap, to three places."""
+    return "-" if x is None else f"{x + 0.0:.3f}".replace("-0.000", "0.000")
+
+
 def size(nbytes: int) -> str:
     """Bytes as people read them: powers of ten, as disks and the Hub count."""
     for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
