@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .. import rounding
 from ..errors import NotMergeable
 from ..protocol import Params
 from ..site import Site
@@ -92,7 +93,7 @@ def _matrices(site: Site, steps: Sequence[Step]) -> dict[str, Tensor]:
 
     For weights w the merged one is W + Σ wᵢ (Wᵢ − W).
     """
-    dtype = torch.float64 if site.weight.dtype in (torch.float32, torch.float64) else torch.float32
+    dtype = torch.float32 if site.weight.device.type == "mps" else torch.float64  # which has none
     W, b = site.weight.to(dtype), None if site.bias is None else site.bias.to(dtype)
     zero = W.new_zeros(len(W)) if b is None else b
     new_W, new_b = W, b
@@ -114,7 +115,8 @@ def _rounded(site: Site, module: nn.Module, key: str, value: Tensor) -> Tensor:
         raise NotMergeable(f"the adapter changes its {key}, and a {site.kind} has none", where=site.name)
     old = module._parameters[key]  # None: a bias where there was none
     like = value.to(site.weight.dtype) if old is None else old.detach()
-    new = torch.empty_like(like).copy_(site.fold(value) if key == "weight" else value)
+    rounded = rounding.nearest(value, like.dtype) if value.dtype == torch.float64 else value
+    new = torch.empty_like(like).copy_(site.fold(rounded) if key == "weight" else rounded)
     if not new.isfinite().all():
         raise NotMergeable(f"the merged {key} is not finite in {new.dtype}", where=site.name, fix="use a wider dtype")
     return new
