@@ -17,6 +17,17 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
     from .adapter import load as load
+    from .compose import Base as Base
+    from .compose import Chain as Chain
+    from .compose import Gate as Gate
+    from .compose import Mean as Mean
+    from .compose import Route as Route
+    from .compose import Sum as Sum
+    from .compose import Use as Use
+    from .compose import chain as chain
+    from .compose import mean as mean
+    from .compose import route as route
+    from .compose import use as use
     from .delta import Delta as Delta
     from .delta import Dense as Dense
     from .delta import LowRank as LowRank
@@ -38,6 +49,17 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapter": "adapter",
     "load": "adapter",
+    "Base": "compose",
+    "Chain": "compose",
+    "Gate": "compose",
+    "Mean": "compose",
+    "Route": "compose",
+    "Sum": "compose",
+    "Use": "compose",
+    "chain": "compose",
+    "mean": "compose",
+    "route": "compose",
+    "use": "compose",
     "Delta": "delta",
     "Dense": "delta",
     "LowRank": "delta",

@@ -67,6 +67,8 @@ class Method:
     """Whether a rule looks at the base weight: such an adapter cannot be merged from files alone."""
     wraps_call: ClassVar[bool] = False
     """Whether `before` and `after` are its rules: then it is on alone at its layers, with weight 1."""
+    takes_any_output: ClassVar[bool] = True
+    """Whether `forward` takes another adapter's output for y; False where it computes the layer anew."""
     exact_gradients: ClassVar[bool] = True
     """Whether gradients are the derivatives of `forward`; False where the paper holds a part of it constant."""
     carries_low_rank: ClassVar[bool] = False
@@ -161,6 +163,13 @@ class Method:
     def after(self, p: Params, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, site: Site) -> Any:
         """What the layer gives instead of `out`, for the arguments that `before` made: `wraps_call` is to be true."""
         return out
+
+    def weighed(self, p: Params, weight: Tensor, site: Site) -> Mapping[str, Tensor]:
+        """The tensors for `before` where each sample has a weight (batch,) of its own: for methods that wrap the call.
+
+        Others are weighed in what they add to the output, and are not asked.
+        """
+        raise _missing(self, "weighed")
 
     def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """The adapted output, for the layer's input x and the base's output y."""

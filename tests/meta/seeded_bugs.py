@@ -747,3 +747,11 @@ class RefusesByTruth(Sound):
 
     def refuses(self, site: Site) -> Any:
         return site.bias is None
+
+
+@trips("chains_lose_nothing")
+class ComputesAnew(Sound):
+    """Has the layer's output computed anew, and drops what other adapters made of it."""
+
+    def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return site.add(self.delta(p, site), x, site.call((x.to(site.like.dtype),), {}).to(y.dtype))
