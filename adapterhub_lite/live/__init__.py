@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from .. import compose
 from ..adapter import Adapter, load
 from ..compose import Composition, Gate, Node
-from ..errors import ConfigError, UnknownName, nearest
+from ..errors import AdapterError, ConfigError, UnknownName, nearest
 from ..protocol import Method
 from ..seed import generator
 from ..site import Site
-from .files import held, read
+from ..source import read as read_tensor
+from . import folder
+from .files import check_base, held, read
 from .gating import GatePart
 from .merging import merge, unmerge
 from .program import program, refuse, wrapping
@@ -25,6 +27,7 @@ from .summary import Summary, summary
 from .targets import select
 from .training import param_groups, penalty, register
 from .tree import (
+    STATE,
     Around,
     Common,
     Commons,
@@ -157,6 +160,55 @@ class Adapters:
         if self._known(name).reads_weight:
             self._refuse_merged(f"save {name!r}, whose method reads the weights,")
         return Adapter(((1.0, held(self.model, name)),)).save(out, dtype=dtype, force=force)
+
+    def save_composition(self, out: str | Path, *, force: bool = False) -> None:
+        """Write what is active to the folder `out`: the tree, the gates, and each adapter in it in a folder of its own.
+
+        The folder appears whole or not at all; `force` replaces a composition that is there. On a sharded model every
+        process must call it.
+        """
+        self._refuse_merged("save a composition")
+        folder.save(self.model, Path(out), force=force)
+
+    def load_composition(self, ref: str | Path, *, any_base: bool = False) -> Node:
+        """Load the adapters and gates in a folder by `save_composition`, activate its tree, and return that.
+
+        They keep their names, which the model must not have. Strict as `load` is, and nothing is changed if anything
+        is wrong.
+        """
+        self._refuse_merged("load a composition")
+        at = Path(ref)
+        saved = folder.read(at)
+        names, gates = compose.names(saved.tree), compose.gates(saved.tree)
+        for name in (*names, *(gate.name for gate in gates)):
+            self._check_new(name)
+        found = {}
+        for name in names:
+            own = at / folder.ADAPTERS / name
+            found[name] = read(self.model, load(own), own, any_base=any_base)
+        parts = [part for _, own_parts, _ in found.values() for part in own_parts]
+        if not any_base:
+            check_base(saved.base, {part.site.name: part.site for part in parts}, at)
+        gating = folder.gate_parts(saved, parts, at, read_tensor)
+        former, frozen = self.composition, STATE in self.model.__dict__
+        try:
+            for name, (method, own_parts, common) in found.items():
+                self._attach(name, method, own_parts, common)
+            here = {slot.site.name: slot for _, slot in slots(self.model)}
+            for name, gate in gating:
+                gate.requires_grad_(False)
+                here[gate.site.name].add_module(name, gate)
+            self._state.gates.update((gate.name, gate) for gate in gates)
+            self.activate(saved.tree)
+        except AdapterError:
+            self.activate(former)
+            for name in [*(gate.name for gate in gates), *names]:
+                if name in self.names or name in self.gates:
+                    self.remove(name)
+            if frozen:
+                freeze(self.model)
+            raise
+        return saved.tree
 
     def base_state_dict(self) -> dict[str, Tensor]:
         """The model's state dict without what adapters put there, for `model.save_pretrained(out, state_dict=…)`.
