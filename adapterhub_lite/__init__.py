@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .compose import Gate as Gate
     from .compose import Mean as Mean
     from .compose import Route as Route
+    from .compose import Rows as Rows
     from .compose import Sum as Sum
     from .compose import Use as Use
     from .compose import chain as chain
@@ -54,6 +55,7 @@ _HOME = {
     "Gate": "compose",
     "Mean": "compose",
     "Route": "compose",
+    "Rows": "compose",
     "Sum": "compose",
     "Use": "compose",
     "chain": "compose",

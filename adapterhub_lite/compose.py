@@ -8,6 +8,7 @@ At each layer a tree maps the layer's input x and an output v to another output;
     Mean        the same with 1/N
     Chain       fₙ(… f₁(v)), with the same x for all
     Route       v + Σ gᵢ(x) (fᵢ(v) − v), with weights from a trained gate that add up to 1
+    Rows        each row of a batch its own; the root alone can be this
 
 Nothing here imports torch: trees are made, read and written without a model.
 """
@@ -159,6 +160,16 @@ class Route(Node):
             )
 
 
+@dataclass(frozen=True)
+class Rows(Node):
+    """Each row of the batch has a composition of its own. It is no part of another one."""
+
+    of: tuple[Node, ...]
+
+    def __post_init__(self) -> None:
+        _children(self.of, "batch")
+
+
 Composition: TypeAlias = "Node | str | Mapping[str, float] | None"
 
 
@@ -190,8 +201,10 @@ def route(gate: Gate, *nodes: Composition) -> Route:
     return Route(gate, tuple(tree(node) for node in nodes))
 
 
-def tree(which: Composition) -> Node:
+def tree(which: Composition | Sequence[Composition]) -> Node:
     """A composition spelled as a name, a mapping from names to weights, or None for the base, as the tree that it is.
+
+    A list of them is for the rows of a batch.
 
     >>> tree({"a": 0.5, "b": 0.5}) == 0.5 * use("a") + 0.5 * use("b")
     True
@@ -207,6 +220,8 @@ def tree(which: Composition) -> Node:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not _finite(weight):
                 raise ConfigError(f"the weight {weight!r} of {name!r} is not a finite number")
         return Sum(tuple((weight, Use(name)) for name, weight in which.items())) if which else Base()
+    if isinstance(which, (list, tuple)):
+        return Rows(tuple(tree(row) for row in which))
     raise ConfigError(f"{which!r} is no composition", fix="give a name, names with weights, None, or a tree of use(…)")
 
 
@@ -217,7 +232,7 @@ def children(node: Node) -> tuple[Node, ...]:
     """Those right below."""
     if isinstance(node, Sum):
         return tuple(child for _, child in node.terms)
-    return node.of if isinstance(node, (Mean, Chain, Route)) else ()
+    return node.of if isinstance(node, (Mean, Chain, Route, Rows)) else ()
 
 
 def nodes(node: Node) -> Iterator[Node]:
@@ -295,6 +310,9 @@ def reduced(node: Node, here: Collection[str]) -> Node:
     if isinstance(node, Route):
         ways = tuple(reduced(own, here) for own in node.of)
         return Base() if all(isinstance(own, Base) for own in ways) else Route(node.gate, ways)
+    if isinstance(node, Rows):
+        each = tuple(reduced(own, here) for own in node.of)
+        return Base() if all(isinstance(own, Base) for own in each) else Rows(each)
     return node
 
 
@@ -317,6 +335,8 @@ def plain(node: Node) -> dict[str, Any]:
             for weight, own in node.terms
         ]
         return {"kind": "sum", "terms": terms}
+    if isinstance(node, Rows):
+        raise ConfigError("rows of a batch are no composition to keep", fix="save the composition of one row")
     of = [plain(own) for own in children(node)]
     if isinstance(node, Route):
         return {"kind": "route", "gate": options.plain(node.gate), "of": of}
@@ -397,6 +417,8 @@ def _terms(node: Node) -> tuple[tuple[Weight, Node], ...]:
 
 
 def _node(value: object) -> Node:
+    if isinstance(value, Rows):
+        raise ConfigError("rows of a batch are no part of a composition", fix="compose within each row")
     if not isinstance(value, Node):
         raise ConfigError(f"{value!r} is no composition", fix="give use(…) or a tree of it")
     return value

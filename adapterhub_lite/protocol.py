@@ -90,6 +90,11 @@ class Method:
         """Whether a fresh adapter leaves the base's output unchanged."""
         return True
 
+    @property
+    def adds_delta(self) -> bool:
+        """Whether `forward` adds what `delta` and `delta_bias` give and does no more, in training too."""
+        return not self.defines("forward")
+
     def at(self, site: str) -> Self:
         """The options as they hold at the site of that name, with patterns resolved. The rules see these."""
         return self

@@ -19,6 +19,7 @@ from ..seed import generator
 from ..site import Site
 from ..source import read as read_tensor
 from . import folder
+from .batches import Plans, batch
 from .files import check_base, held, read
 from .gating import GatePart
 from .merging import merge, unmerge
@@ -272,12 +273,12 @@ class Adapters:
 
     # Switching ----------------------------------------------------------------------------------------
 
-    def activate(self, which: Composition) -> None:
+    def activate(self, which: Composition | Sequence[Composition]) -> None:
         """Switch to one adapter, to a weighted sum of several, to another composition, or to the base alone (None).
 
         Only what is active gets gradients. With weights w a layer gives y + Σ wᵢ (yᵢ − y), where y is the base's
         output and yᵢ that with the i-th adapter. A composition is a tree, `0.7 * ah.use("a") + ah.chain("b", "c")`;
-        one that cannot be computed is refused now.
+        one that cannot be computed is refused now. A list gives each row of the batch a composition of its own.
         """
         self._refuse_merged("activate another adapter")
         node = compose.tree(which)
@@ -285,7 +286,7 @@ class Adapters:
         self._switch(node)
 
     @contextmanager
-    def using(self, which: Composition) -> Iterator[Adapters]:
+    def using(self, which: Composition | Sequence[Composition]) -> Iterator[Adapters]:
         """As `activate`, within a `with` statement; behind it the former adapters are active again."""
         former = self.composition
         self.activate(which)
@@ -367,6 +368,7 @@ class Adapters:
     def _switch(self, composition: Node) -> None:
         self._state.composition = composition
         on, gates = self._state.active, {gate.name for gate in compose.gates(composition)}
+        plans: Plans = {}
         for _, slot in slots(self.model):
             parts, own_gates = slot.parts, slot.gates
             node = compose.reduced(composition, parts)
@@ -374,6 +376,8 @@ class Adapters:
             if wrapping(node, parts):
                 (name,), gated = compose.names(node), compose.gates(node)
                 slot.around = Around(parts[name], own_gates[gated[0].name] if gated else None)
+            elif isinstance(node, compose.Rows):
+                slot.program = batch(node, parts, own_gates, plans)
             elif not isinstance(node, compose.Base):
                 slot.program = program(node, parts, own_gates)
             for name, part in parts.items():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import NotMergeable
 from ..protocol import Params
 from ..site import Site
+from .batches import Batch
 from .program import Added, Leaf, Program, Routed
 from .tree import SLOT, Part, Slot, base_modules, slots
 
@@ -124,6 +125,9 @@ def _folded(program: Program, v: Affine, base: Affine) -> Affine:
         return total
     if isinstance(program, Routed):
         raise _gated(program.gate.site, program.gate.gate.name)
+    if isinstance(program, Batch):
+        what = "each row of the batch has a composition of its own, and the weight is one"
+        raise NotMergeable(what, where=program.site.name, fix="activate the composition of one row")
     for own in program.links:
         v = _folded(own, v, base)
     return v

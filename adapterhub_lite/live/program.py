@@ -11,6 +11,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .batches import Batch
     from .gating import GatePart
     from .tree import Part
 
@@ -79,7 +80,7 @@ class Routed(NamedTuple):
         return total
 
 
-Program: TypeAlias = "Leaf | Added | Chained | Routed"
+Program: TypeAlias = "Leaf | Added | Chained | Routed | Batch"
 
 
 def program(node: compose.Node, parts: Mapping[str, Part], gates: Mapping[str, GatePart]) -> Program:
@@ -117,6 +118,11 @@ def refuse(node: compose.Node, parts: Mapping[str, Part], gates: Mapping[str, Ga
             what = f"the gate {gate.name!r} was not made for this layer, where it weighs {compose.names(node)[0]!r}"
             raise ConfigError(what, where=where, fix="make it for all adapters that it weighs: add_gate(…, of=[…])")
     if wraps := wrapping(node, parts):
+        if isinstance(node, compose.Rows):
+            if len(set(node.of)) > 1:
+                what = f"{wraps[0]!r} wraps the call of the layer, so it cannot be on in some rows of a batch alone"
+                raise ConfigError(what, where=where, fix="use it in all rows or in none")
+            node = node.of[0]
         _refuse_beside(node, wraps[0], parts[wraps[0]], where)
     _refuse_links(node, parts, where, first=True)
 

@@ -218,6 +218,8 @@ class TransposedStart(Sound):
     "unmerge_is_exact",
     "casts_and_copies",
     "half_precision_base",
+    "chains_lose_nothing",
+    "batches_are_their_rows",
 )
 class TakenName(Sound):
     """Names a frozen tensor as live models name something else."""
@@ -315,7 +317,7 @@ class TorchtuneDoraBias(Scaling):
         return super().merge(p, weight, bias, site)[0], bias
 
 
-@trips("merge_equals_forward", "two_adapters_add_up")
+@trips("merge_equals_forward", "two_adapters_add_up", "chains_lose_nothing")
 class LycorisDoubleScale(Sound):
     """Multiplies by α/r once more in merge, as LyCORIS's LoHa and LoKr did."""
 
@@ -323,7 +325,13 @@ class LycorisDoubleScale(Sound):
         return weight + self.scaling * self.delta(p, site).dense().to(weight.dtype), bias
 
 
-@trips("merge_equals_forward", "two_adapters_add_up")
+@trips(
+    "merge_equals_forward",
+    "two_adapters_add_up",
+    "chains_lose_nothing",
+    "batches_are_their_rows",
+    "adds_delta_in_training",
+)
 class UnscaledForward(Sound):
     """Forgets α/r in forward."""
 
@@ -374,6 +382,7 @@ class CachesOnModule(Sound):
     "unmerge_is_exact",
     "casts_and_copies",
     "half_precision_base",
+    "batches_are_their_rows",
 )
 class GatesInPlace(Gating):
     """Multiplies the input that it is given, which others see too."""
@@ -755,3 +764,21 @@ class ComputesAnew(Sound):
 
     def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
         return site.add(self.delta(p, site), x, site.call((x.to(site.like.dtype),), {}).to(y.dtype))
+
+
+@trips("batches_are_their_rows")
+class SkipsSingles(Sound):
+    """Takes a batch of one for no batch at all."""
+
+    def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return y if len(x) == 1 else super().forward(p, x, y, site)
+
+
+@trips("adds_delta_in_training")
+class DropsUnsaid(Sound):
+    """Drops some of its input in training, which its options do not tell."""
+
+    def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        if site.module is not None and site.module.training:
+            x = x * (torch.arange(x.shape[-1]) % 4 > 0).to(x)
+        return super().forward(p, x, y, site)
