@@ -65,6 +65,11 @@ def test_low_rank_rows_by_every_kernel(ranks: list[int], data: st.DataObject) ->
     )
     for kernel in (batches._together, batches._by_row):
         close(kernel(plan, A, B, x, y), want)
+        with torch.inference_mode():  # without gradients, memory is used again
+            close(kernel(plan, A, B, x, y), want)
+        with torch.no_grad():
+            kernel(plan, [2 * a for a in A], B, x, y)
+            close(kernel(plan, A, B, x, y), want)
 
 
 def test_the_kernel_is_chosen_by_shape() -> None:
@@ -72,8 +77,7 @@ def test_the_kernel_is_chosen_by_shape() -> None:
     for n, adapters, length in ((8, 8, 1), (64, 8, 1), (64, 64, 1), (8, 8, 128), (32, 2, 4)):
         uses = [((k % adapters, 1.0),) for k in range(n)]
         plan = batches.planned(uses, [8] * adapters, [1.0] * adapters, torch.zeros(1))
-        stack = batches.Stack((), plan, True, None)
-        seen[n, adapters, length] = stack._alike(length)
+        seen[n, adapters, length] = plan.together(length)
     assert seen == {
         (8, 8, 1): False,
         (64, 8, 1): True,
