@@ -19,6 +19,18 @@ if TYPE_CHECKING:
     from .adapter import load as load
     from .compare import Diff as Diff
     from .compare import diff as diff
+    from .compose import Base as Base
+    from .compose import Chain as Chain
+    from .compose import Gate as Gate
+    from .compose import Mean as Mean
+    from .compose import Route as Route
+    from .compose import Rows as Rows
+    from .compose import Sum as Sum
+    from .compose import Use as Use
+    from .compose import chain as chain
+    from .compose import mean as mean
+    from .compose import route as route
+    from .compose import use as use
     from .delta import Delta as Delta
     from .delta import Dense as Dense
     from .delta import LowRank as LowRank
@@ -43,6 +55,18 @@ _HOME = {
     "load": "adapter",
     "Diff": "compare",
     "diff": "compare",
+    "Base": "compose",
+    "Chain": "compose",
+    "Gate": "compose",
+    "Mean": "compose",
+    "Route": "compose",
+    "Rows": "compose",
+    "Sum": "compose",
+    "Use": "compose",
+    "chain": "compose",
+    "mean": "compose",
+    "route": "compose",
+    "use": "compose",
     "Delta": "delta",
     "Dense": "delta",
     "LowRank": "delta",

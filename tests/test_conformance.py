@@ -69,7 +69,8 @@ def test_lora_is_skipped_only_where_it_says_so() -> None:
     for method in CONFIGURATIONS:
         skipped = {own.name: why for own in checks_for(method) if (why := own.skipped(method))}
         random = {} if method.identity_at_init else {"identity_at_init": "declares that identity_at_init is False"}
-        assert skipped == RULES_IT_LACKS | random
+        drops = {} if method.adds_delta else {"adds_delta_in_training": "declares that adds_delta is False"}
+        assert skipped == RULES_IT_LACKS | random | drops
 
 
 # Kinds without an example here; the tests of their methods have such layers.

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError
 from ..protocol import Method
-from . import attached, declared, gradients, initial, inputs, low_rank, shared, steps, stored, weights
+from . import attached, composed, declared, gradients, initial, inputs, low_rank, shared, steps, stored, weights
 from .check import Check as Check
 from .check import CheckFailed as CheckFailed
 from .check import CheckSkipped as CheckSkipped
@@ -39,7 +39,7 @@ __all__ = [
     "report",
 ]
 
-_TOPICS = (declared, initial, shared, weights, inputs, gradients, steps, low_rank, stored, attached)
+_TOPICS = (declared, initial, shared, weights, inputs, gradients, steps, low_rank, stored, attached, composed)
 _CHECKS: tuple[Check, ...] = tuple(own for topic in _TOPICS for own in topic.CHECKS)
 
 F = TypeVar("F", bound=Callable[..., Any])
