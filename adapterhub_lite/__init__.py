@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .errors import OutputExists as OutputExists
     from .errors import PluginError as PluginError
     from .errors import UnknownName as UnknownName
+    from .extraction import extract as extract
     from .hookspecs import hookimpl as hookimpl
     from .live import adapt as adapt
     from .protocol import Method as Method
@@ -50,6 +51,7 @@ _HOME = {
     "OutputExists": "errors",
     "PluginError": "errors",
     "UnknownName": "errors",
+    "extract": "extraction",
     "hookimpl": "hookspecs",
     "adapt": "live",
     "Method": "protocol",

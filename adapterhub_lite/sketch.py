@@ -33,11 +33,20 @@ def of(weights: Mapping[str, Tensor]) -> Sketch:
     found = {}
     for name, weight in weights.items():
         W = whole(weight)
-        out, into = W.shape
-        places = [(k * 2654435761 + k) % (out * into) for k in range(1, VALUES + 1)]  # Knuth's multiplier scatters them
-        picked = W[[at // into for at in places], [at % into for at in places]].float().tolist()
-        found[name] = [float(f"{value:.4g}") for value in picked]
+        rows, columns = zip(*places(*W.shape), strict=True)
+        found[name] = rounded(W[list(rows), list(columns)].float().tolist())
     return found
+
+
+def places(out: int, into: int) -> list[tuple[int, int]]:
+    """Rows and columns of the values that are sampled of a weight (out, in)."""
+    # Knuth's multiplier scatters them
+    return [divmod((k * 2654435761 + k) % (out * into), into) for k in range(1, VALUES + 1)]
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    """As a sketch has them."""
+    return [float(f"{value:.4g}") for value in values]
 
 
 def told(facts: Mapping[str, Any]) -> Sketch:
