@@ -16,6 +16,7 @@ from .checkpoint import ITEMSIZE, dtype_name
 from .combine import Truncated, WeightedSum, each
 from .difference import EXACT_SIDE, Difference, Layer, Left
 from .errors import ConfigError, NotMergeable, nearest
+from .format import is_floating
 from .pair import Pair
 from .plan import Plan, plan
 from .registry import registry
@@ -153,7 +154,11 @@ def _common(one: BaseModel, two: BaseModel, exclude: Sequence[str]) -> list[str]
             fix = "extract from the model before quantisation, or dequantise it"
             raise NotMergeable("the model is quantised: its files do not hold the weights", where=model.folder, fix=fix)
     for model, other in ((one, two), (two, one)):
-        lacking = [key for key in sorted(model.tensors.keys() - other.tensors.keys()) if not _named(exclude, key)]
+        lacking = [
+            key
+            for key in sorted(model.tensors.keys() - other.tensors.keys())
+            if is_floating(model.tensors[key]) and not _named(exclude, key)  # old files have buffers, position_ids say
+        ]
         if lacking:
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             raise NotMergeable(
