@@ -1,6 +1,6 @@
 """Build what the benchmarks read: adapters in PEFT's layout, and a base checkpoint for PEFT.
 
-    python benchmarks/fixtures.py adapters|base|many [--count N] [--dir DIR]
+    python benchmarks/fixtures.py adapters|base|tuned|many [--count N] [--dir DIR]
 
 Each piece is built in a sibling folder and renamed, so what is there is whole, and is
 not built again. Seeded: the same bytes each time.
@@ -68,6 +68,11 @@ def many(folder: Path, count: int) -> list[Path]:
 def base(folder: Path) -> Path:
     """The Llama itself, with random weights in bfloat16: 1.7 GB."""
     return _once(folder / "base", _base)
+
+
+def tuned(folder: Path) -> Path:
+    """The Llama after a fine-tune of all its linear layers: singular values that decay, then bfloat16."""
+    return _once(folder / "tuned", partial(_tuned, base(folder)))
 
 
 def _once(out: Path, build: Callable[[Path], None]) -> Path:
@@ -155,6 +160,24 @@ def _base(out: Path) -> None:
     _write_json(out / "config.json", config)
 
 
+def _tuned(model: Path, out: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    rng = torch.Generator().manual_seed(1)
+    tensors = load_file(model / "model.safetensors")
+    for name, W in tensors.items():
+        if name.startswith("model.layers.") and W.ndim == 2:
+            rows, columns = W.shape
+            decay = torch.arange(1, 129) ** -1.0  # of 128 directions, beside noise everywhere
+            B = torch.randn(rows, 128, generator=rng) * decay
+            A = torch.randn(128, columns, generator=rng)
+            noise = torch.randn(rows, columns, generator=rng)
+            tensors[name] = (W.float() + 0.002 * (B @ A) + 0.0003 * noise).to(W.dtype)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(model / "config.json", out)
+
+
 def _weights(shape: tuple[int, int], rng: Generator) -> Tensor:
     import torch
 
@@ -175,7 +198,7 @@ def build_apart(*arguments: str, folder: Path) -> list[Path]:
 def main() -> None:
     """Build one kind and print the folders."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["adapters", "base", "many"])
+    parser.add_argument("what", choices=["adapters", "base", "tuned", "many"])
     parser.add_argument("--dir", type=Path, default=CACHE, help="where (default: %(default)s)")
     parser.add_argument("--count", type=int, default=1000, help="how many, of `many` (default: %(default)s)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of `adapters`")
@@ -185,7 +208,7 @@ def main() -> None:
     elif options.what == "many":
         folders = many(options.dir, options.count)
     else:
-        folders = [base(options.dir)]
+        folders = [base(options.dir) if options.what == "base" else tuned(options.dir)]
     print(*folders, sep="\n")
 
 
