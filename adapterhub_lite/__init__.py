@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .errors import OutputExists as OutputExists
     from .errors import PluginError as PluginError
     from .errors import UnknownName as UnknownName
+    from .extraction import extract as extract
     from .folding import fold as fold
     from .hookspecs import hookimpl as hookimpl
     from .live import adapt as adapt
@@ -79,6 +80,7 @@ _HOME = {
     "OutputExists": "errors",
     "PluginError": "errors",
     "UnknownName": "errors",
+    "extract": "extraction",
     "fold": "folding",
     "hookimpl": "hookspecs",
     "adapt": "live",

@@ -218,9 +218,12 @@ def _one_site(source: WeightedSum, planned: Plan, writer: Writer | None, name: s
         raise NotMergeable(
             f"at {name!r} {e.what}", fix="choose a wider --dtype (bfloat16 and float32 reach 3e38)"
         ) from e
-    missed = algebra.total([*piece.lost, lost.scaled(c)])
-    exact = algebra.total([piece.delta, *(d.scaled(-1.0) for d in piece.lost)])
-    lost_square, size = (length**2 for length in algebra.norms([missed, exact]))
+    if piece.measured is not None:
+        lost_square, size = piece.measured(stored.scaled(c))
+    else:
+        missed = algebra.total([*piece.lost, lost.scaled(c)])
+        exact = algebra.total([piece.delta, *(d.scaled(-1.0) for d in piece.lost)])
+        lost_square, size = (length**2 for length in algebra.norms([missed, exact]))
     part = planned.contents.sites.get(name)
     if part is None:  # rank 0: all of it is lost
         unstored = 0.0 if piece.bias is None else float(piece.bias.norm()) ** 2

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .checkpoint import TensorInfo, check_finite, dtype_name, sha256
-from .delta import Delta
+from .delta import Delta, LowRank
 from .errors import FileError, NotMergeable, nearest
 from .format import Contents, Format, Planned, SiteContents
 from .protocol import Params
@@ -31,6 +31,11 @@ class Piece(NamedTuple):
     delta: Delta
     lost: tuple[Delta, ...] = ()  # they sum to `delta` minus the exact value: what was cut off so far
     bias: Tensor | None = None  # (out,)
+    measured: Callable[[LowRank], tuple[float, float]] | None = None
+    """For what is stored instead, ‖stored - exact‖² and ‖exact‖² without the bias.
+
+    Given where the exact value is no delta in memory but is read again, in pieces; `lost` is then empty.
+    """
 
 
 class Extent(NamedTuple):

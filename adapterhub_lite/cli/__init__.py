@@ -21,6 +21,8 @@ COMMANDS = {
     "info": ("info", "What an adapter is: method, base, rank, sites, size, how it was made."),
     "merge": ("merge", "Adapters into one: the exact weighted sum, or its best truncation."),
     "diff": ("diff", "How like adapters are: norms, cosine, overlap, spectra; an HTML page."),
+    "resize": ("resize", "One adapter, at a lower rank, error, size or precision."),
+    "extract": ("extract", "A LoRA from a full fine-tune: what its weights differ by from the base's."),
     "convert": ("convert", "A folder of another dialect, AdapterHub's say, in PEFT's layout."),
     "plugin": ("plugin", "Write a plugin package, and check it."),
     "demo": ("demo", "Train two adapters on a small model, merge them, look at what happened."),

@@ -137,6 +137,8 @@ def _formula(recipe: Any, depth: int = 0) -> str:
             return " + ".join(f"{t.get('weight')} * {_term(t, depth)}" for t in terms[:8] if isinstance(t, dict)) + (
                 f" + {len(terms) - 8} more" if len(terms) > 8 else ""
             )
+        case {"rule": "difference", "base": {"model": str(base)}, "tuned": {"model": str(tuned)}}:
+            return f"{tuned} - {base}"
         case _:
             return "…"
 

@@ -171,7 +171,7 @@ def merge(
         if as_json:
             print_json({"dry_run": True, **_report(planned, refs, weights)})
         elif not quiet:
-            click.echo(_summary(planned, "would write", out))
+            click.echo(summary(planned, "would write", out))
             if out is not None and os.path.lexists(out) and not force:
                 click.echo(f"but {out} exists: choose another -o or pass --force", err=True)
         return
@@ -190,8 +190,8 @@ def merge(
     if as_json:
         print_json({"out": str(out), **_report(planned, refs, weights, error)})
     elif not quiet:
-        click.echo(_summary(planned, "wrote", out))
-        click.echo(_errors(planned, error, verbose))
+        click.echo(summary(planned, "wrote", out))
+        click.echo(errors(planned, error, verbose))
         if report is not None:
             click.echo(f"wrote {printable(str(report))}")
 
@@ -221,12 +221,19 @@ def _page(report: Path | None, force: bool) -> AbstractContextManager[Path | Non
 def _report(
     planned: Plan, refs: Sequence[str], weights: Sequence[float], error: RelativeError | None = None
 ) -> dict[str, Any]:
+    return {
+        "adapters": [{"ref": ref, "weight": w} for ref, w in zip(refs, weights, strict=True)],
+        **report(planned, error),
+    }
+
+
+def report(planned: Plan, error: RelativeError | None = None) -> dict[str, Any]:
+    """What was written, or would be, JSON-able."""
     shapes = {name: part.shape for name, part in planned.contents.sites.items()}
     modules: dict[str, dict[str, Any]] = {
         name: {"rank": planned.ranks.get(name), "shape": list(shape)} for name, shape in shapes.items()
     }
-    report: dict[str, Any] = {
-        "adapters": [{"ref": ref, "weight": w} for ref, w in zip(refs, weights, strict=True)],
+    found: dict[str, Any] = {
         "method": planned.contents.method.name,
         "base_model": planned.contents.base,
         "dtype": planned.dtype,
@@ -236,13 +243,14 @@ def _report(
     }
     if error is not None:
         plain = error.plain()
-        report["error"], report["error_of"] = plain["overall"], error.of
+        found["error"], found["error_of"] = plain["overall"], error.of
         for name, own in plain["modules"].items():
             modules.setdefault(name, {"rank": 0})["error"] = own
-    return report
+    return found
 
 
-def _summary(planned: Plan, did: str, out: Path | None) -> str:
+def summary(planned: Plan, did: str, out: Path | None) -> str:
+    """One line on what it is."""
     said = [planned.contents.method.name, *_span(planned), f"{len(planned.contents.sites)} modules", planned.dtype]
     lines = [f"{did} {out or 'an adapter'}: {', '.join(said)}, {size(planned.nbytes)}"]
     if planned.contents.kept:
@@ -257,7 +265,8 @@ def _span(planned: Plan) -> list[str]:
     return [f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"]
 
 
-def _errors(planned: Plan, error: RelativeError, verbose: bool) -> str:
+def errors(planned: Plan, error: RelativeError, verbose: bool) -> str:
+    """The error overall, and of the modules where it is largest."""
     if error.of == "delta":
         what = f"Frobenius norm of ΔW, with the rounding to {planned.dtype}"
     else:
