@@ -17,6 +17,7 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
     from .adapter import load as load
+    from .adapter import merge as merge
     from .delta import Delta as Delta
     from .delta import Dense as Dense
     from .delta import LowRank as LowRank
@@ -33,11 +34,15 @@ if TYPE_CHECKING:
     from .live import adapt as adapt
     from .protocol import Method as Method
     from .protocol import Params as Params
+    from .rule import Part as Part
+    from .rule import Place as Place
+    from .rule import Rule as Rule
     from .site import Site as Site
 
 _HOME = {
     "Adapter": "adapter",
     "load": "adapter",
+    "merge": "adapter",
     "Delta": "delta",
     "Dense": "delta",
     "LowRank": "delta",
@@ -54,6 +59,9 @@ _HOME = {
     "adapt": "live",
     "Method": "protocol",
     "Params": "protocol",
+    "Part": "rule",
+    "Place": "rule",
+    "Rule": "rule",
     "Site": "site",
 }
 

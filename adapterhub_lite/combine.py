@@ -6,7 +6,7 @@ Headers suffice to make and plan them; only `piece` computes, and only it import
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
@@ -38,18 +38,19 @@ class WeightedSum:
 
     @cached_property
     def contents(self) -> Mapping[str, Contents]:
-        found: dict[str, Contents] = {}
-        for _, source in self.terms:
-            for name, own in source.contents.items():
-                label, n = name, 1
-                while found.setdefault(label, own) is not own:  # two of one name, in memory say
-                    n += 1
-                    label = f"{name} ({n})"
-        return found
+        return labelled([source for _, source in self.terms])
 
     @cached_property
     def sites(self) -> Mapping[str, SiteContents]:
         return common_sites([(next(iter(source.contents)), source.sites) for _, source in self.terms])
+
+    @property
+    def written_out(self) -> frozenset[str]:
+        return frozenset[str]().union(*(source.written_out for _, source in self.terms))
+
+    def prepare(self) -> None:
+        for _, source in self.terms:
+            source.prepare()
 
     def _at(self, site: str) -> list[tuple[float, Source]]:
         return [(w, source) for w, source in self.terms if site in source.sites]
@@ -123,10 +124,18 @@ class Truncated:
     def sites(self) -> Mapping[str, SiteContents]:
         return self.of.sites
 
+    @property
+    def written_out(self) -> frozenset[str]:
+        return frozenset()
+
+    def prepare(self) -> None:
+        self.of.prepare()
+
     @cached_property
     def _spectra(self) -> dict[str, list[float]]:
         from . import algebra
 
+        self.prepare()
         return dict(each(self.sites, lambda name: algebra.spectrum(self.of.piece(name).delta).tolist()))
 
     @cached_property
@@ -188,6 +197,18 @@ class Truncated:
     def recipe(self) -> dict[str, Any]:
         how = {"rank": self.rank, "max_error": self.promised or None, "budget": self.budget}
         return {"rule": "truncate", **{k: v for k, v in how.items() if v is not None}, "of": self.of.recipe()}
+
+
+def labelled(sources: Iterable[Source]) -> dict[str, Contents]:
+    """The adapters that these are made of, by names to call them in messages; numbered where two have one name."""
+    found: dict[str, Contents] = {}
+    for source in sources:
+        for name, own in source.contents.items():
+            label, n = name, 1
+            while found.setdefault(label, own) is not own:  # two of one name, in memory say
+                n += 1
+                label = f"{name} ({n})"
+    return found
 
 
 def each(names: Mapping[str, Any], job: Callable[[str], T]) -> Iterator[tuple[str, T]]:

@@ -153,6 +153,7 @@ def _tightened(source: WeightedSum, error: RelativeError, dtype: str) -> Weighte
 def _write(planned: Plan, writer: Writer | None, progress: Callable[[int, int], None]) -> RelativeError:
     """Compute and write every site; with no writer, only measure."""
     source, whole, total = planned.source, planned.verbatim, len(planned.source.sites)
+    source.prepare()
 
     def job(name: str) -> Loss:
         if whole is not None:

@@ -18,8 +18,9 @@ from ..registry import registry, use_plugins_dir
 # Name -> (module, one line for --help). Nothing is imported to print the help.
 COMMANDS = {
     "methods": ("methods", "Plugins found: methods, what they can do, where they come from."),
+    "rules": ("rules", "Merge rules found, and their options."),
     "info": ("info", "What an adapter is: method, base, rank, sites, size, how it was made."),
-    "merge": ("merge", "Adapters into one: the exact weighted sum, or its best truncation."),
+    "merge": ("merge", "Adapters into one: the exact weighted sum or another rule, whole or truncated."),
     "convert": ("convert", "A folder of another dialect, AdapterHub's say, in PEFT's layout."),
     "plugin": ("plugin", "Write a plugin package, and check it."),
     "demo": ("demo", "Train two adapters on a small model, merge them, look at what happened."),
