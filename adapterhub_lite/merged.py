@@ -53,8 +53,8 @@ class Merged:
                 fix="merge others into one first, or choose another rule: `adapter rules` lists them",
             )
         self.rule, self.inputs, self.weights, self.at = rule, tuple(inputs), tuple(weights), dict(at or {})
-        for label, weight in zip(self.contents, weights, strict=True):
-            per_site.check(weight, f"the weights of {label}")
+        for source, weight in zip(inputs, weights, strict=True):
+            per_site.check(weight, f"the weights of {next(iter(source.contents))}")
         self._own = {pattern: _changed(rule, given, pattern) for pattern, given in self.at.items()}
         for site in self.sites if any(isinstance(w, Mapping) for w in weights) else [*self.sites][:1]:
             self._check_weights(site, self.weights_at(site))

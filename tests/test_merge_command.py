@@ -216,7 +216,19 @@ def test_dry_run(adapter: Command, ab: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    ["merge a b --rank 3 --dry-run", "merge a b --dry-run --json", "info a", "info a --json -v", "methods", "-h"],
+    [
+        "merge a b --rank 3 --dry-run",
+        "merge a b --dry-run --json",
+        "merge a b --rule tsv --dry-run",
+        "merge a b --rule ties --rank 3 --density 0.1 --dry-run --json",
+        "merge --rule ties --help",
+        "rules",
+        "rules ties",
+        "info a",
+        "info a --json -v",
+        "methods",
+        "-h",
+    ],
 )
 def test_headers_need_no_torch(ab: Path, words: str) -> None:
     code = "import sys; from adapterhub_lite.cli import run; sys.exit(run(sys.argv[1:]) or 'torch' in sys.modules)"
