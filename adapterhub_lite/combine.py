@@ -192,7 +192,9 @@ class Truncated:
         if self.ranks[site] >= self.of.extent(site).rank:  # its own factors have fewer roundings behind them
             return whole
         kept, dropped = algebra.truncate(whole.delta, self.ranks[site])
-        return Piece(kept, (*whole.lost, dropped.scaled(-1.0)), whole.bias)
+        lost, bias = whole.lost, whole.bias
+        del whole  # it may be a matrix, and the next is made
+        return Piece(kept, (*lost, dropped.scaled(-1.0)), bias)
 
     def recipe(self) -> dict[str, Any]:
         how = {"rank": self.rank, "max_error": self.promised or None, "budget": self.budget}

@@ -6,7 +6,7 @@ In blocks of rows, so that what is held beside the result is small.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from .delta import Delta, Dense, LowRank
 from .rule import Part
 
-_BLOCK = 1 << 20  # entries of one adapter at once
+_BLOCK = 1 << 16  # entries of one adapter at once: what is computed with stays in the cache
 _HALF = 1 << 15  # values of the upper or the lower half of a positive float32's bits
 
 
@@ -54,7 +54,7 @@ def sizes(delta: Delta) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The magnitudes of all entries (out · in,), rounded to float32, in which they are compared."""
     found = np.empty(delta.shape, np.float32)
     for which in blocks(tuple(delta.shape)):
-        found[which] = rows(delta, which).abs().float().numpy()
+        found[which] = rows(delta, which).float().abs_().numpy()
     return found.reshape(-1)
 
 
@@ -71,7 +71,12 @@ def smallest_kept(values: np.ndarray[Any, np.dtype[np.float32]], kept: int) -> f
 
 def largest(D: Tensor, thresholds: Sequence[float]) -> Tensor:
     """Which entries of (N, rows, in) are at least as large as the adapter's threshold, compared in float32."""
-    return D.abs().float() >= torch.tensor(thresholds, dtype=torch.float32)[:, None, None]
+    return D.float().abs_() >= torch.tensor(thresholds, dtype=torch.float32)[:, None, None]
+
+
+def trimmed(D: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """(N, rows, in) with 0 for the entries below the adapter's threshold."""
+    return torch.where(largest(D, thresholds), D, 0.0)
 
 
 def threshold(delta: Delta, density: float) -> float:
@@ -83,17 +88,25 @@ def threshold(delta: Delta, density: float) -> float:
 # A threshold over all sites, exact, in two passes that never hold more than counts ------------------------
 
 
+class Counts(NamedTuple):
+    """How many entries have each value, without the values that none has."""
+
+    values: np.ndarray[Any, np.dtype[np.int64]]  # ascending
+    counts: np.ndarray[Any, np.dtype[np.int64]]
+
+
 @torch.no_grad()
-def count(delta: Delta, upper: int | None) -> np.ndarray[Any, np.dtype[np.int64]]:
+def count(delta: Delta, upper: int | None) -> Counts:
     """How many magnitudes have each value of the upper 16 bits; or with these upper bits, of the lower 15."""
     found = np.zeros(2 * _HALF if upper is None else _HALF, np.int64)
     for which in blocks(tuple(delta.shape)):
-        bits = rows(delta, which).abs().float().numpy().view(np.uint32).reshape(-1)
+        bits = rows(delta, which).float().abs_().numpy().view(np.uint32).reshape(-1)
         if upper is None:
             found += np.bincount(bits >> 15, minlength=len(found))
         else:
             found += np.bincount(bits[bits >> 15 == upper] & np.uint32(_HALF - 1), minlength=len(found))
-    return found
+    values = found.nonzero()[0]
+    return Counts(values, found[values])
 
 
 def at_least(counts: np.ndarray[Any, np.dtype[np.int64]], kept: int) -> tuple[int, int]:
@@ -111,10 +124,10 @@ def observe(parts: Sequence[Part], facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def conclude(observed: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any], density: float) -> dict[str, Any]:
     """After the first pass the upper bits of each adapter's threshold, after the second the `thresholds`."""
-    counts: dict[int, Any] = {}
+    counts: dict[int, np.ndarray[Any, np.dtype[np.int64]]] = {}
     for site in observed.values():
-        for index, own in site["counts"].items():
-            counts[index] = counts.get(index, 0) + own
+        for index, (values, own) in site["counts"].items():
+            counts.setdefault(index, np.zeros(2 * _HALF, np.int64))[values] += own
     if "upper" not in facts:
         kept = {index: int(density * int(own.sum())) for index, own in counts.items()}
         found = {index: at_least(own, kept[index]) for index, own in counts.items()}
@@ -140,14 +153,20 @@ def elected(D: Tensor, votes: Tensor, tie: float) -> Tensor:
     An entry of 0 has no sign, and is in no majority.
     """
     total = votes.sum(0)
-    sign = torch.where(total == 0, torch.full_like(total, tie), total.sign())
-    return (D.sign() == sign) & (D != 0)
+    positive, negative = total > 0, total < 0
+    if tie > 0:
+        positive |= total == 0
+    return torch.where(positive, D > 0, negative & (D < 0))
 
 
-def average(values: Tensor, weights: Tensor) -> Tensor:
-    """Σ values / Σ weights over the adapters, entry by entry; 0 where the weights sum to 0."""
-    total = weights.sum(0)
-    return torch.where(total == 0, torch.zeros_like(total), values.sum(0) / torch.where(total == 0, 1.0, total))
+def average(values: Tensor, weights: Tensor, agree: Tensor) -> Tensor:
+    """Σ values / Σ weights (N, 1, 1) over the adapters that agree, entry by entry; 0 where the weights sum to 0."""
+    total, found = torch.zeros_like(values[0]), torch.zeros_like(values[0])
+    for own, w, here in zip(values, weights.flatten().tolist(), agree, strict=True):
+        total.add_(here, alpha=w)
+        found.add_(torch.where(here, own, 0.0))
+    none = total == 0
+    return found.div_(total.masked_fill_(none, 1.0)).masked_fill_(none, 0.0)
 
 
 @torch.no_grad()

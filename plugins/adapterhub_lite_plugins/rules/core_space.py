@@ -62,9 +62,9 @@ class CoreSpace(Rule):
             m = torch.stack([self.uniform(part, here) < self.density for part in small]) / self.density
 
         def merged(D: Tensor, w: Tensor, which: slice) -> Tensor:  # D: (N, rows, R'), w: (N, 1, 1)
-            D = D * (elementwise.largest(D, kept) if self.inside == "ties" else m[:, which])
+            D = elementwise.trimmed(D, kept) if self.inside == "ties" else D * m[:, which]
             agree = elementwise.elected(D, w * D, 0.0) & (w != 0)
-            return self.scale * elementwise.average(w * D * agree, w * agree)
+            return self.scale * elementwise.average(w * D, w, agree)
 
         return LowRank(U @ elementwise.by_rows(small, shape, merged).W, V.mT)
 

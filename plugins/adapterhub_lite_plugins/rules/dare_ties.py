@@ -61,11 +61,11 @@ class DareTies(Rule):
             D = rescale * D * m[:, which]
             if self.variant == "peft":
                 agree = elementwise.elected(D, D, 1.0)
-                return self.scale * elementwise.average(w * D * agree, agree.double())
+                return self.scale * elementwise.average(w * D, torch.ones_like(w), agree)
             if self.variant == "mergekit":
                 return self.scale * (w * D * elementwise.elected(w * D, w * D, 1.0)).sum(0)
             agree = elementwise.elected(D, w * D, 0.0) & (w != 0)
-            return self.scale * elementwise.average(w * D * agree, w * agree)
+            return self.scale * elementwise.average(w * D, w, agree)
 
         return elementwise.by_rows(parts, place.shape, merged)
 

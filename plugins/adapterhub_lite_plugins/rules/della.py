@@ -66,7 +66,7 @@ class Della(Rule):
                 q = self.density - self.window / 2 + self.window * rank / max(D.shape[-1] - 1, 1)
                 D = D * (u[:, which] < q) / q
             agree = elementwise.elected(D, w * D, 0.0) & (w != 0)
-            return self.scale * elementwise.average(w * D * agree, w * agree)
+            return self.scale * elementwise.average(w * D, w, agree)
 
         return elementwise.by_rows(parts, place.shape, merged)
 

@@ -62,9 +62,9 @@ class Knots(Rule):
             kept = [elementwise.threshold(part.delta, self.density) for part in aligned]
 
         def merged(D: Tensor, w: Tensor, which: slice) -> Tensor:  # D: (N, rows, in), w: (N, 1, 1)
-            D = D * elementwise.largest(D, kept)
+            D = elementwise.trimmed(D, kept)
             agree = elementwise.elected(D, w * D, 0.0) & (w != 0)
-            return self.scale * elementwise.average(w * D * agree, w * agree)
+            return self.scale * elementwise.average(w * D, w, agree)
 
         return LowRank(U, elementwise.by_rows(aligned, (U.shape[1], place.shape[1]), merged).W)
 

@@ -37,7 +37,7 @@ class MagnitudePrune(Rule):
         kept = [elementwise.threshold(part.delta, self.density) for part in parts]
 
         def merged(D: Tensor, w: Tensor, which: slice) -> Tensor:  # D: (N, rows, in), w: (N, 1, 1)
-            return (w * D * elementwise.largest(D, kept)).sum(0)
+            return (w * elementwise.trimmed(D, kept)).sum(0)
 
         return elementwise.by_rows(parts, place.shape, merged)
 

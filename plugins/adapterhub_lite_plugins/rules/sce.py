@@ -65,7 +65,7 @@ class Sce(Rule):
         def merged(D: Tensor, w: Tensor, which: slice) -> Tensor:
             D = selected(D)
             agree = elementwise.elected(D, D, 1.0)
-            return elementwise.average(eta * D * agree, eta * agree)
+            return elementwise.average(eta * D, eta, agree)
 
         return elementwise.by_rows(parts, place.shape, merged)
 

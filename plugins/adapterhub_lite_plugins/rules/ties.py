@@ -63,18 +63,20 @@ class Ties(Rule):
         return elementwise.conclude(observed, facts, self.density)
 
     def merge(self, parts: Sequence[Part], place: Place, facts: Facts) -> Delta:
+        import torch
+
         from adapterhub_lite import elementwise
 
         tie = 0.0 if self.variant == "paper" else 1.0
         kept = [self._threshold(part, facts) for part in parts]
 
         def merged(D: Tensor, w: Tensor, which: slice) -> Tensor:  # D: (N, rows, in), w: (N, 1, 1)
-            D = D * elementwise.largest(D, kept)
+            D = elementwise.trimmed(D, kept)
             if self.variant == "peft":
                 agree = elementwise.elected(D, D, tie)
-                return self.scale * elementwise.average(w * D * agree, agree.double())
+                return self.scale * elementwise.average(w * D, torch.ones_like(w), agree)
             agree = elementwise.elected(D, w * D, tie) & (w != 0)
-            return self.scale * elementwise.average(w * D * agree, w * agree)
+            return self.scale * elementwise.average(w * D, w, agree)
 
         return elementwise.by_rows(parts, place.shape, merged)
 
