@@ -140,7 +140,7 @@ def merge(
     if weights is not None and len(weights) != len(refs):
         raise click.UsageError(f"{len(weights)} weights for {len(refs)} adapters: give one for each")
     chosen = _usage(lambda: rule_of(rule, given))
-    spoken = weights is None and len(refs) > 1 and not quiet
+    spoken = weights is None and len(refs) > 1 and not quiet and (chosen is None or chosen.weighs != "equal")
     weights = weights or [chosen.default_weight(len(refs)) if chosen else 1 / len(refs)] * len(refs)
     said = DEFAULT_WEIGHTS.format("1" if weights[0] == 1 else f"1/{len(refs)}")
     if keep is not None and keep not in (*refs, "none"):

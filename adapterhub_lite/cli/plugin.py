@@ -99,5 +99,6 @@ def _found(name: str) -> tuple[str, type[Method] | type[Rule]]:
     except UnknownName as unknown:
         try:
             return "rule", registry().rule(name)
-        except UnknownName:
-            raise unknown from None
+        except UnknownName as no_rule:
+            what = f"there is no method or rule {name!r}"
+            raise UnknownName(what, fix=f"methods: {unknown.fix}; rules: {no_rule.fix}") from None
