@@ -146,9 +146,7 @@ def merge(
     if keep is not None and keep not in (*refs, "none"):
         raise click.UsageError(f"--keep {keep!r} is none of the adapters; {nearest(keep, refs)}")
     loaded = [load(ref) for ref in refs]
-    merged = _usage(lambda: _whole(loaded, weights, chosen)).cut(
-        rank=rank, max_error=max_error, budget=budget, dtype=dtype
-    )
+    merged = _whole(loaded, weights, chosen).cut(rank=rank, max_error=max_error, budget=budget, dtype=dtype)
     if dry_run:
         planned = merged.plan(dtype=dtype, any_base=any_base, keep=keep)
         if spoken:
@@ -183,7 +181,7 @@ def _usage(make: Callable[[], T]) -> T:
 def _whole(adapters: Sequence[Adapter], weights: Sequence[float], rule: Rule | None) -> Adapter:
     """What is to be written, but for truncation."""
     if rule is not None:
-        return adapter.merge(adapters, rule, weights=weights)
+        return _usage(lambda: adapter.merge(adapters, rule, weights=weights))
     terms = [w * one for w, one in zip(weights, adapters, strict=True)]
     return sum(terms[1:], terms[0])
 
