@@ -17,6 +17,7 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
     from .adapter import load as load
+    from .adapter import merge as merge
     from .compare import Diff as Diff
     from .compare import diff as diff
     from .compose import Base as Base
@@ -49,11 +50,15 @@ if TYPE_CHECKING:
     from .live import adapt as adapt
     from .protocol import Method as Method
     from .protocol import Params as Params
+    from .rule import Part as Part
+    from .rule import Place as Place
+    from .rule import Rule as Rule
     from .site import Site as Site
 
 _HOME = {
     "Adapter": "adapter",
     "load": "adapter",
+    "merge": "adapter",
     "Diff": "compare",
     "diff": "compare",
     "Base": "compose",
@@ -86,6 +91,9 @@ _HOME = {
     "adapt": "live",
     "Method": "protocol",
     "Params": "protocol",
+    "Part": "rule",
+    "Place": "rule",
+    "Rule": "rule",
     "Site": "site",
 }
 

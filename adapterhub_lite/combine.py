@@ -6,7 +6,7 @@ Headers suffice to make and plan them; only `piece` computes, and only it import
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
@@ -56,18 +56,19 @@ class WeightedSum:
 
     @cached_property
     def contents(self) -> Mapping[str, Contents]:
-        found: dict[str, Contents] = {}
-        for _, source in self.terms:
-            for name, own in source.contents.items():
-                label, n = name, 1
-                while found.setdefault(label, own) is not own:  # two of one name, in memory say
-                    n += 1
-                    label = f"{name} ({n})"
-        return found
+        return labelled([source for _, source in self.terms])
 
     @cached_property
     def sites(self) -> Mapping[str, SiteContents]:
         return common_sites([(next(iter(source.contents)), source.sites) for _, source in self.terms])
+
+    @property
+    def written_out(self) -> frozenset[str]:
+        return frozenset[str]().union(*(source.written_out for _, source in self.terms))
+
+    def prepare(self) -> None:
+        for _, source in self.terms:
+            source.prepare()
 
     def _at(self, site: str) -> list[tuple[float, Source]]:
         return [(w, source) for w, source in self.terms if site in source.sites]
@@ -112,7 +113,9 @@ class WeightedSum:
 
         whole = self.piece(site)
         kept, dropped = algebra.truncate(whole.delta, rank)
-        return Piece(kept, (*whole.lost, dropped.scaled(-1.0)), whole.bias)
+        lost, bias = whole.lost, whole.bias
+        del whole  # it may be a matrix, and the next is made
+        return Piece(kept, (*lost, dropped.scaled(-1.0)), bias)
 
     def recipe(self) -> dict[str, Any]:
         return {"rule": "sum", "terms": [{"weight": w, **source.recipe()} for w, source in self.terms]}
@@ -156,8 +159,16 @@ class Truncated:
     def sites(self) -> Mapping[str, SiteContents]:
         return self.of.sites
 
+    @property
+    def written_out(self) -> frozenset[str]:
+        return frozenset()
+
+    def prepare(self) -> None:
+        self.of.prepare()
+
     @cached_property
     def _spectra(self) -> dict[str, Spectrum]:
+        self.prepare()
         return dict(each(self.sites, lambda name: self.of.spectrum(name, FIRST)))
 
     @cached_property
@@ -239,6 +250,18 @@ class Truncated:
     def recipe(self) -> dict[str, Any]:
         how = {"rank": self.rank, "max_error": self.promised or None, "budget": self.budget}
         return {"rule": "truncate", **{k: v for k, v in how.items() if v is not None}, "of": self.of.recipe()}
+
+
+def labelled(sources: Iterable[Source]) -> dict[str, Contents]:
+    """The adapters that these are made of, by names to call them in messages; numbered where two have one name."""
+    found: dict[str, Contents] = {}
+    for source in sources:
+        for name, own in source.contents.items():
+            label, n = name, 1
+            while found.setdefault(label, own) is not own:  # two of one name, in memory say
+                n += 1
+                label = f"{name} ({n})"
+    return found
 
 
 def each(names: Mapping[str, Any], job: Callable[[str], T]) -> Iterator[tuple[str, T]]:

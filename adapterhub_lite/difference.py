@@ -113,6 +113,13 @@ class Difference:
         return self.own.sites
 
     @property
+    def written_out(self) -> frozenset[str]:
+        return frozenset()
+
+    def prepare(self) -> None:
+        """Nothing: layers are read one by one."""
+
+    @property
     def contents(self) -> Mapping[str, Contents]:
         return {self.tuned.folder.name: self.own}
 

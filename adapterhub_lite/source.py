@@ -57,7 +57,14 @@ class Source(Protocol):
     def sites(self) -> Mapping[str, SiteContents]:
         """What layers it adapts; the tensors are described as far as they are known."""
 
+    @property
+    def written_out(self) -> frozenset[str]:
+        """The rules whose results are of full rank and not truncated since: as they are, they are not saved."""
+
     def extent(self, site: str) -> Extent: ...
+
+    def prepare(self) -> None:
+        """Compute what all sites need, before they are asked for one by one, maybe by several threads."""
 
     def piece(self, site: str) -> Piece: ...
 
@@ -78,6 +85,13 @@ class Single(ABC):
     @property
     def sites(self) -> Mapping[str, SiteContents]:
         return self.own.sites
+
+    @property
+    def written_out(self) -> frozenset[str]:
+        return frozenset()
+
+    def prepare(self) -> None:  # noqa: B027 - sites are read one by one: there is nothing to prepare
+        """Nothing."""
 
     @abstractmethod
     def saved(self, site: str) -> Params:

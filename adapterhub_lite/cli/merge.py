@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .. import adapter
 from ..adapter import load
-from ..errors import nearest, printable
+from ..errors import ConfigError, nearest, printable
 from .into import into_options, merge_into, refuse_alone
 from .output import Size, print_json, progress, size, table
+from .rule_options import WithRule, rule_of
 
 if TYPE_CHECKING:
+    from ..adapter import Adapter
     from ..plan import Plan
+    from ..rule import Rule
     from ..save import RelativeError
 
+T = TypeVar("T")
 ONE_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+|inf|nan)(e[-+]?\d+)?,?", re.I)
 NUMBERS = re.compile(rf"{ONE_NUMBER.pattern[:-2]}(,{ONE_NUMBER.pattern[:-2]})*,?", re.I)
 DTYPES = {
     "float32": "F32", "fp32": "F32", "float64": "F64", "fp64": "F64",
     "float16": "F16", "fp16": "F16", "bfloat16": "BF16", "bf16": "BF16",
 }  # fmt: skip
-DEFAULT_WEIGHTS = "weights: 1/{} each (say --weights to choose)"
+DEFAULT_WEIGHTS = "weights: {} each (say --weights to choose)"
 WORST = 10  # modules shown unless --verbose
 
 
-class WithWeights(click.Command):
+class WithWeights(WithRule):
     """Lets `--weights` take the numbers that follow it: `0.7 0.3`, `0.7,0.3`, `1 -0.5`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -83,6 +88,7 @@ def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option(
     "-o", "--out", metavar="OUT", required=False, type=click.Path(path_type=Path), help="The folder to write."
 )
+@click.option("--rule", metavar="NAME", help="How to merge, with options of its own: `adapter rules` lists them.")
 @click.option("--rank", type=click.IntRange(min=1), help="Truncate to this rank at every site, optimally.")
 @click.option(
     "--max-error",
@@ -108,6 +114,7 @@ def merge(
     refs: tuple[str, ...],
     weights: list[float] | None,
     out: Path | None,
+    rule: str | None,
     rank: int | None,
     max_error: float | None,
     budget: int | None,
@@ -122,14 +129,16 @@ def merge(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Merge adapters into one: ΔW = Σ wᵢ ΔWᵢ, exactly.
+    """Merge adapters into one: ΔW = Σ wᵢ ΔWᵢ, exactly, or by another --rule.
 
     Ranks, alphas, target modules and dtypes may differ. The result is a LoRA of the summed ranks, or with
-    --rank, --max-error or --budget the nearest one that is smaller; what was lost is printed and stored.
+    --rank, --max-error or --budget the nearest one that is smaller; what was lost is printed and stored. Rules that
+    give changes of full rank need one of these. With --rule NAME, --help shows the rule's options too.
 
     \b
     adapter merge sql french --weights 0.7 0.3 -o both
     adapter merge sql french --weights 1 -0.5 --rank 16 -o less-french
+    adapter merge sql french --rule ties --density 0.3 --rank 32 -o voted
 
     With --into the sum is folded into the weights of a model, file by file, and OUT is a complete model:
 
@@ -142,20 +151,21 @@ def merge(
         raise click.UsageError("--rank, --max-error and --budget exclude each other")
     if weights is not None and len(weights) != len(refs):
         raise click.UsageError(f"{len(weights)} weights for {len(refs)} adapters: give one for each")
-    spoken = weights is None and len(refs) > 1 and not quiet
-    weights = weights or [1 / len(refs)] * len(refs)
+    chosen = _usage(lambda: rule_of(rule, given))
+    spoken = weights is None and len(refs) > 1 and not quiet and (chosen is None or chosen.weighs != "equal")
+    weights = weights or [chosen.default_weight(len(refs)) if chosen else 1 / len(refs)] * len(refs)
+    said = DEFAULT_WEIGHTS.format("1" if weights[0] == 1 else f"1/{len(refs)}")
     if keep is not None and keep not in (*refs, "none"):
         raise click.UsageError(f"--keep {keep!r} is none of the adapters; {nearest(keep, refs)}")
-    terms = [w * load(ref) for w, ref in zip(weights, refs, strict=True)]
-    whole = sum(terms[1:], terms[0])
-    merged = whole.cut(rank=rank, max_error=max_error, budget=budget, dtype=dtype)
+    loaded = [load(ref) for ref in refs]
+    merged = _whole(loaded, weights, chosen).cut(rank=rank, max_error=max_error, budget=budget, dtype=dtype)
     if given["into"] is not None:
         if dtype is not None:
             raise click.UsageError("--dtype is for adapters: a model's weights keep theirs")
         if report is not None:
             raise click.UsageError("--report is about merged adapters; with --into, say -v to see every module")
         if spoken:
-            click.echo(DEFAULT_WEIGHTS.format(len(refs)), err=True)
+            click.echo(said, err=True)
         merge_into(
             merged, refs, weights, given, out=out, keep=keep, any_base=any_base, dry_run=dry_run, force=force,
             as_json=as_json, verbose=verbose, quiet=quiet,
@@ -167,9 +177,9 @@ def merge(
     if dry_run:
         planned = merged.plan(dtype=dtype, any_base=any_base, keep=keep)
         if spoken:
-            click.echo(DEFAULT_WEIGHTS.format(len(refs)), err=True)
+            click.echo(said, err=True)
         if as_json:
-            print_json({"dry_run": True, **_report(planned, refs, weights)})
+            print_json({"dry_run": True, **_report(planned, refs, weights, chosen)})
         elif not quiet:
             click.echo(summary(planned, "would write", out))
             if out is not None and os.path.lexists(out) and not force:
@@ -186,9 +196,9 @@ def merge(
                 found, shown = merge_page.compared(out, refs, weights, step)
             file.write_text(merge_page.page(found, shown, planned, error, len(refs)), encoding="utf-8")
     if spoken:
-        click.echo(DEFAULT_WEIGHTS.format(len(refs)), err=True)
+        click.echo(said, err=True)
     if as_json:
-        print_json({"out": str(out), **_report(planned, refs, weights, error)})
+        print_json({"out": str(out), **_report(planned, refs, weights, chosen, error)})
     elif not quiet:
         click.echo(summary(planned, "wrote", out))
         click.echo(errors(planned, error, verbose))
@@ -218,11 +228,32 @@ def _page(report: Path | None, force: bool) -> AbstractContextManager[Path | Non
     return staged_page(report, force=force)
 
 
+def _usage(make: Callable[[], T]) -> T:
+    """What `make` gives; options that it refuses are wrong usage."""
+    try:
+        return make()
+    except ConfigError as e:
+        raise click.UsageError(str(e)) from None
+
+
+def _whole(adapters: Sequence[Adapter], weights: Sequence[float], rule: Rule | None) -> Adapter:
+    """What is to be written, but for truncation."""
+    if rule is not None:
+        return _usage(lambda: adapter.merge(adapters, rule, weights=weights))
+    terms = [w * one for w, one in zip(weights, adapters, strict=True)]
+    return sum(terms[1:], terms[0])
+
+
 def _report(
-    planned: Plan, refs: Sequence[str], weights: Sequence[float], error: RelativeError | None = None
+    planned: Plan,
+    refs: Sequence[str],
+    weights: Sequence[float],
+    rule: Rule | None,
+    error: RelativeError | None = None,
 ) -> dict[str, Any]:
     return {
         "adapters": [{"ref": ref, "weight": w} for ref, w in zip(refs, weights, strict=True)],
+        "rule": None if rule is None else {"name": rule.name, "options": options.plain(rule)},
         **report(planned, error),
     }
 
