@@ -36,6 +36,9 @@ OPTIONS = (
 )
 
 
+NAMES = ("into", "at", "stochastic", "link", "resume", "executor")
+
+
 def into_options(command: Any) -> Any:
     """The options of `--into`."""
     for option in reversed(OPTIONS):
@@ -43,13 +46,14 @@ def into_options(command: Any) -> Any:
     return command
 
 
+def taken(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of `--into`, taken out of all that were given."""
+    return {name: given.pop(name) for name in NAMES}
+
+
 def refuse_alone(given: Mapping[str, Any]) -> None:
     """Options of `--into` without it are wrong usage."""
-    named = [
-        f"--{name}"
-        for name in ("at", "stochastic", "link", "resume", "executor")
-        if given[name] not in (None, False, ())
-    ]
+    named = [f"--{name}" for name in NAMES[1:] if given[name] not in (None, False, ())]
     if named:
         raise click.UsageError(f"{named[0]} is for --into BASE")
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .. import adapter
+from .. import adapter, options
 from ..adapter import load
 from ..errors import ConfigError, nearest, printable
-from .into import into_options, merge_into, refuse_alone
+from .into import into_options, merge_into, refuse_alone, taken
 from .output import Size, print_json, progress, size, table
 from .rule_options import WithRule, rule_of
 
@@ -145,6 +145,7 @@ def merge(
     \b
     adapter merge sql french --weights 0.7 0.3 --into base-7b -o model
     """
+    into = taken(given)  # what is left of `given` are the rule's options
     if out is None and not dry_run:
         raise click.UsageError("no output: give -o OUT, or --dry-run to see the plan")
     if sum(x is not None for x in (rank, max_error, budget)) > 1:
@@ -159,7 +160,7 @@ def merge(
         raise click.UsageError(f"--keep {keep!r} is none of the adapters; {nearest(keep, refs)}")
     loaded = [load(ref) for ref in refs]
     merged = _whole(loaded, weights, chosen).cut(rank=rank, max_error=max_error, budget=budget, dtype=dtype)
-    if given["into"] is not None:
+    if into["into"] is not None:
         if dtype is not None:
             raise click.UsageError("--dtype is for adapters: a model's weights keep theirs")
         if report is not None:
@@ -167,11 +168,11 @@ def merge(
         if spoken:
             click.echo(said, err=True)
         merge_into(
-            merged, refs, weights, given, out=out, keep=keep, any_base=any_base, dry_run=dry_run, force=force,
+            merged, refs, weights, into, out=out, keep=keep, any_base=any_base, dry_run=dry_run, force=force,
             as_json=as_json, verbose=verbose, quiet=quiet,
         )  # fmt: skip
         return
-    refuse_alone(given)
+    refuse_alone(into)
     if report is not None:
         _check_report(report, refs, out, dry_run)
     if dry_run:
