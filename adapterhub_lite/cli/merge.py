@@ -169,9 +169,9 @@ def merge(
         if spoken:
             click.echo(DEFAULT_WEIGHTS.format(len(refs)), err=True)
         if as_json:
-            print_json({"dry_run": True, **_report(planned, refs, weights)})
+            print_json({"dry_run": True, **figures(planned, refs, weights)})
         elif not quiet:
-            click.echo(_summary(planned, "would write", out))
+            click.echo(summary(planned, "would write", out))
             if out is not None and os.path.lexists(out) and not force:
                 click.echo(f"but {out} exists: choose another -o or pass --force", err=True)
         return
@@ -188,10 +188,10 @@ def merge(
     if spoken:
         click.echo(DEFAULT_WEIGHTS.format(len(refs)), err=True)
     if as_json:
-        print_json({"out": str(out), **_report(planned, refs, weights, error)})
+        print_json({"out": str(out), **figures(planned, refs, weights, error)})
     elif not quiet:
-        click.echo(_summary(planned, "wrote", out))
-        click.echo(_errors(planned, error, verbose))
+        click.echo(summary(planned, "wrote", out))
+        click.echo(errors(planned, error, verbose))
         if report is not None:
             click.echo(f"wrote {printable(str(report))}")
 
@@ -218,7 +218,7 @@ def _page(report: Path | None, force: bool) -> AbstractContextManager[Path | Non
     return staged_page(report, force=force)
 
 
-def _report(
+def figures(
     planned: Plan, refs: Sequence[str], weights: Sequence[float], error: RelativeError | None = None
 ) -> dict[str, Any]:
     shapes = {name: part.shape for name, part in planned.contents.sites.items()}
@@ -242,7 +242,7 @@ def _report(
     return report
 
 
-def _summary(planned: Plan, did: str, out: Path | None) -> str:
+def summary(planned: Plan, did: str, out: Path | None) -> str:
     said = [planned.contents.method.name, *_span(planned), f"{len(planned.contents.sites)} modules", planned.dtype]
     lines = [f"{did} {out or 'an adapter'}: {', '.join(said)}, {size(planned.nbytes)}"]
     if planned.contents.kept:
@@ -257,7 +257,7 @@ def _span(planned: Plan) -> list[str]:
     return [f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"]
 
 
-def _errors(planned: Plan, error: RelativeError, verbose: bool) -> str:
+def errors(planned: Plan, error: RelativeError, verbose: bool) -> str:
     if error.of == "delta":
         what = f"Frobenius norm of ΔW, with the rounding to {planned.dtype}"
     else:
