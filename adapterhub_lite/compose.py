@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
 from . import options
-from .errors import ConfigError, nearest
+from .errors import ConfigError, NotMergeable, nearest
 
 MAX_DEPTH = 100  # of a tree: far below where Python's stack ends
 
@@ -283,6 +283,29 @@ def weights(node: Node) -> dict[str, float] | None:
                 total[name] = total.get(name, 0.0) + weight * own
         return total
     return None
+
+
+def lowered(node: Node) -> dict[str, float]:
+    """The weight of each adapter where all are weight changes, which a chain adds up; `NotMergeable` for a gate.
+
+    >>> lowered(chain("a", 0.5 * use("b") + mean("a", "b")))
+    {'a': 1.5, 'b': 1.0}
+    """
+    if gate := next(iter(gates(node)), None):
+        raise NotMergeable(
+            f"the gate {gate.name!r} weighs by the input, which no weight change can stand for",
+            fix="load the composition on the model, with adapters.load_composition()",
+        )
+    if isinstance(node, Sum):
+        terms = node.terms
+    else:
+        share = 1 / len(node.of) if isinstance(node, Mean) else 1.0
+        terms = tuple((share, own) for own in children(node))
+    total = {node.name: 1.0} if isinstance(node, Use) else dict[str, float]()
+    for weight, own in terms:
+        for name, inner in lowered(own).items():
+            total[name] = total.get(name, 0.0) + float(weight) * inner  # type: ignore[arg-type]  # there is no gate
+    return total
 
 
 def reduced(node: Node, here: Collection[str]) -> Node:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .. import compose, sketch, source, strict_json
-from ..adapter import Adapter
+from ..adapter import Adapter, load
 from ..checkpoint import Checkpoint, TensorInfo, dtype_name
-from ..errors import ConfigError, FileError
+from ..errors import ConfigError, FileError, NotMergeable
 from ..format import is_floating
 from ..registry import registry
 from ..sharding import whole
@@ -120,6 +120,18 @@ def read(folder: Path) -> Saved:
         raise FileError("has two gates of one name", where=path, fix="save it again")
     tensors = dict(Checkpoint.open(folder / TENSORS).tensors) if gates else {}
     return Saved(tree, base, tensors)
+
+
+def lower(folder: Path) -> tuple[Adapter, dict[str, float]]:
+    """The composition in `folder` as one adapter Σ wᵢ ΔWᵢ, computed when it is saved, and the weights.
+
+    `NotMergeable` if it is none: for gates now, for methods when it is planned or saved.
+    """
+    weights = {name: weight for name, weight in compose.lowered(read(folder).tree).items() if weight != 0}
+    if not weights:
+        raise NotMergeable("the weights of all adapters come to zero", where=folder, fix="load the base alone")
+    terms = [weight * load(folder / ADAPTERS / name) for name, weight in weights.items()]
+    return sum(terms[1:], terms[0]), weights
 
 
 def gate_parts(
