@@ -15,6 +15,7 @@ from .merged import Merged
 from .options import build
 from .plan import Plan, plan, widest
 from .registry import registry
+from .rule import Rule
 from .source import Held, Single, stored
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from .delta import Delta
     from .per_site import Weight
     from .protocol import Method, Params
-    from .rule import Rule
     from .save import RelativeError
     from .site import Site
     from .source import Source
@@ -56,11 +56,14 @@ def merge(
     if isinstance(rule, str) or rule is None:
         cls = registry().rule("sum" if rule is None else rule)
         rule_itself = build(cls, options, owner=f"rule {cls.name!r}")
+    elif not isinstance(rule, Rule):
+        raise ConfigError(f"{rule!r} is not a rule with its options", fix="give its name, or an instance")
     elif options:
         raise ConfigError(f"options {', '.join(options)} beside a rule that has its own", fix="give them to the rule")
     else:
         rule_itself = rule
-    given = [rule_itself.default_weight(len(adapters))] * len(adapters) if weights is None else list(weights)
+    count = len(adapters)
+    given = [rule_itself.default_weight(count) for _ in adapters] if weights is None else list(weights)
     return Adapter(((1.0, Merged(rule_itself, [a.inner for a in adapters], given, at)),))
 
 

@@ -75,7 +75,8 @@ def gram(parts: Sequence[Part]) -> Tensor:
     """⟨ΔWᵢ, ΔWⱼ⟩ (N, N) of all pairs, without their weights."""
     N = len(parts)
     G = torch.zeros(N, N, dtype=torch.float64)
-    for i in range(N):
-        for j in range(i, N):
+    for i, own in enumerate(algebra.norms([part.delta for part in parts])):  # right where factors cancel, too
+        G[i, i] = own**2
+        for j in range(i):
             G[i, j] = G[j, i] = algebra.inner(parts[i].delta, parts[j].delta)
     return G

@@ -83,7 +83,11 @@ def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.command(cls=WithWeights)
 @click.argument("refs", metavar="REF...", nargs=-1, required=True)
 @click.option(
-    "-w", "--weights", metavar="W...", callback=parse_weights, help="One number each: 0.7 0.3 or 0.7,0.3. Default 1/N."
+    "-w",
+    "--weights",
+    metavar="W...",
+    callback=parse_weights,
+    help="One number each: 0.7 0.3 or 0.7,0.3. Default 1/N, or what the rule wants.",
 )
 @click.option(
     "-o", "--out", metavar="OUT", required=False, type=click.Path(path_type=Path), help="The folder to write."

@@ -9,7 +9,7 @@ import pytest
 import torch
 from deltas import Matrix, close, dense, merged, parts
 
-from adapterhub_lite import NotMergeable, Rule
+from adapterhub_lite import LowRank, NotMergeable, Rule
 from adapterhub_lite.algebra import nothing
 from adapterhub_lite.registry import registry
 
@@ -90,6 +90,14 @@ def test_model_stock_of_opposites_is_the_base() -> None:
     close(merged(rule("model_stock"), [a]), dense(a))
     with_none = merged(rule("model_stock"), [a, a._replace(delta=nothing((13, 9)))])
     assert not with_none.any()  # the cosine with nothing is 0
+
+
+def test_factors_that_cancel_have_no_direction() -> None:
+    a, b = parts([0.5, 0.5])
+    B, A = torch.cat([a.delta.B, -a.delta.B], 1), torch.cat([a.delta.A, a.delta.A], 0)  # type: ignore[union-attr]
+    nothing_left = a._replace(delta=LowRank(B, A))
+    close(merged(rule("karcher"), [nothing_left, b]), 0.5 * dense(b))
+    close(merged(rule("slerp"), [nothing_left, b]), 0.5 * dense(b))
 
 
 def test_angles_come_from_factors_alone(monkeypatch: pytest.MonkeyPatch) -> None:

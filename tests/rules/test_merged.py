@@ -232,6 +232,15 @@ def test_wrong_options(abc: list[Adapter], rule: str, given: dict[str, Any], sai
         ah.merge(abc, rule, **given)
 
 
+def test_what_is_no_rule_or_no_adapters_is_refused(abc: list[Adapter]) -> None:
+    with pytest.raises(ConfigError, match="give at least one adapter"):
+        ah.merge([], "ties")
+    with pytest.raises(ConfigError, match="is not a rule with its options"):
+        ah.merge(abc, registry().rule("ties"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="options density beside a rule"):
+        ah.merge(abc, registry().rule("ties")(), density=0.5)
+
+
 def test_nothing_is_read_before_it_is_asked_for(abc: list[Adapter]) -> None:
     merged = ah.merge(abc, "ties")
     for name in "abc":
