@@ -33,6 +33,8 @@ class Layer:
     parts: tuple[Part, ...]
     biased: bool
     """Whether the bias may change too."""
+    by_inputs: bool | None
+    """Whether this base's linear layers have a row for each input, not for each output; None where it does not tell."""
 
     @property
     def touched(self) -> list[TensorInfo]:
@@ -45,6 +47,7 @@ def layers(base: BaseModel, terms: Iterable[tuple[Mapping[str, float], Source]])
     Raises `UnknownName` for a site that is none of the base's layers, and `NotMergeable` where a sum would be wrong.
     """
     known = _layers_of(base)
+    by_inputs = _by_inputs(known.values())
     found: dict[str, Layer] = {}
     for i, (weights, source) in enumerate(terms):
         label = next(iter(source.contents))
@@ -57,7 +60,7 @@ def layers(base: BaseModel, terms: Iterable[tuple[Mapping[str, float], Source]])
             former = found.get(name)
             parts = (*(former.parts if former else ()), Part(i, site, weight))
             biased = _changes_bias(source, site) or (former is not None and former.biased)
-            layer = Layer(name, tensors["weight"], tensors.get("bias"), parts, biased)
+            layer = Layer(name, tensors["weight"], tensors.get("bias"), parts, biased, by_inputs)
             _refuse_stored(layer, base, label)
             found[name] = layer
     _refuse_tied(base, found)
@@ -98,6 +101,16 @@ def _layers_of(base: BaseModel) -> dict[str, dict[str, TensorInfo]]:
         if module and parameter in ("weight", "bias"):
             found.setdefault(module, {})[parameter] = info
     return {name: tensors for name, tensors in found.items() if "weight" in tensors}
+
+
+def _by_inputs(known: Iterable[Mapping[str, TensorInfo]]) -> bool | None:
+    """How this base stores linear layers, by those with a bias and more inputs than outputs, or fewer."""
+    told = set()
+    for tensors in known:
+        weight, bias = tensors["weight"].shape, tensors["bias"].shape if "bias" in tensors else ()
+        if len(weight) == 2 and weight[0] != weight[1] and bias in ((weight[0],), (weight[1],)):
+            told.add(bias == (weight[1],))
+    return told.pop() if len(told) == 1 else None
 
 
 class Renaming(NamedTuple):
