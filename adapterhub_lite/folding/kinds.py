@@ -52,7 +52,9 @@ def _kind(layer: Layer, source: Source, name: str) -> type[Site]:
             f"{list(layer.weight.shape)} there",
             fix="give the base that it was trained on; a resized vocabulary is not merged",
         )
-    if len(fitting) > 1:  # as many inputs as outputs: the base's other layers tell which way it lies, or the file's flag
+    if (
+        len(fitting) > 1
+    ):  # as many inputs as outputs: the base's other layers tell which way it lies, or the file's flag
         transposed = layer.by_inputs
         if transposed is None:  # PEFT's flag is that of the last layer that it adapted
             transposed = any(own.transposed for own in source.contents.values())

@@ -14,7 +14,7 @@ from typing import Any
 
 from .._version import __version__
 from ..adapter import Adapter
-from ..agreement import common
+from ..agreement import common, equal
 from ..base_model import BaseModel
 from ..checkpoint import TensorInfo
 from ..combine import WeightedSum
@@ -95,10 +95,7 @@ def planned(
     named = [(_weights(source, i, w, terms, at or {}), source) for i, (w, source) in enumerate(terms)]
     found = layers(model, named)
     agreed = common(WeightedSum(terms).contents, any_base=any_base, keep=keep)
-    wholes = _wholes(model, agreed.kept, agreed.kept_options, terms)
-    for whole in wholes:
-        if (adapted := next((layer for layer in found.values() if whole.old in layer.touched), None)) is not None:
-            raise NotMergeable(f"{adapted.name!r} is both adapted and replaced", fix="pass --keep none")
+    wholes = _apart(found, _wholes(model, agreed.kept, agreed.kept_options, terms))
     if not found and not wholes:
         raise NotMergeable("nothing is left to fold: all weights are zero", fix="give a weight that is not zero")
     return Plan(model, terms, at or {}, found, wholes)
@@ -156,6 +153,21 @@ def _wholes(
             )
         found.append(Whole(old, value, rows))
     return tuple(found)
+
+
+def _apart(found: Mapping[str, Layer], wholes: Sequence[Whole]) -> tuple[Whole, ...]:
+    """The values that replace a tensor, where no adapter changes it too.
+
+    PEFT saves the weights of an adapted embedding or output head beside the adapter: they are the base's own.
+    """
+    adapted = {info.name: layer for layer in found.values() for info in layer.touched}
+    for whole in wholes:
+        if (layer := adapted.get(whole.old.name)) is not None and (whole.rows or not equal(whole.old, whole.new)):
+            raise NotMergeable(
+                f"{layer.name!r} is adapted, and an adapter brings another {whole.old.name!r} along",
+                fix="pass --keep none to take the base's",
+            )
+    return tuple(whole for whole in wholes if whole.old.name not in adapted)
 
 
 def _counterpart(model: BaseModel, name: str, terms: Sequence[tuple[float, Source]]) -> TensorInfo | None:
