@@ -46,9 +46,8 @@ def _kind(layer: Layer, source: Source, name: str) -> type[Site]:
     told = registry().site_kind(part.kind)
     fitting = [kind for kind in _alike(told) if _fits(part, kind(layer.name, layer.weight.shape))]
     if not fitting:
-        told_shape = part.weight_shape if -1 in part.shape else part.shape
         raise NotMergeable(
-            f"{label} adapts a {part.kind} of shape {list(told_shape)} at {name!r}, and the base has "
+            f"{label} adapts {name!r} as {part.kind} of shape {list(part.weight_shape)}, and the base has "
             f"{list(layer.weight.shape)} there",
             fix="give the base that it was trained on; a resized vocabulary is not merged",
         )

@@ -51,6 +51,7 @@ def layers(base: BaseModel, terms: Iterable[tuple[Mapping[str, float], Source]])
     found: dict[str, Layer] = {}
     for i, (weights, source) in enumerate(terms):
         label = next(iter(source.contents))
+        gives_delta(source)
         rename = renaming(source, base)
         for site, weight in weights.items():
             if weight == 0:
@@ -171,19 +172,28 @@ def _refuse_stored(layer: Layer, base: BaseModel, label: str) -> None:
             )
 
 
+def tied(base: BaseModel) -> set[str]:
+    """The tensors that are the embedding and the output head at once."""
+    told = [base.config, *(part for part in base.config.values() if isinstance(part, dict))]  # text_config and the like
+    vocabularies = {part["vocab_size"] for part in told if isinstance(part.get("vocab_size"), int)}
+    like = [t.name for t in base.tensors.values() if len(t.shape) == 2 and t.shape[0] in vocabularies]
+    tie = next((part["tie_word_embeddings"] for part in told if "tie_word_embeddings" in part), len(like) == 1)
+    heads = [name for name in base.config.get("architectures") or () if isinstance(name, str)]
+    if not tie or not any(mark in name for name in heads for mark in ("LM", "ConditionalGeneration", "PreTraining")):
+        return set()
+    return set(like)
+
+
+def tied_error(name: str, done: str) -> NotMergeable:
+    return NotMergeable(
+        f"{name!r} is the embedding and the output head at once (tie_word_embeddings), and {done} would change both",
+        fix="untie them in the base first, or leave the adapter unmerged",
+    )
+
+
 def _refuse_tied(base: BaseModel, found: Mapping[str, Layer]) -> None:
     """An embedding that the output head shares would change the head as well."""
-    vocabulary = base.config.get("vocab_size")
-    like = [t.name for t in base.tensors.values() if len(t.shape) == 2 and t.shape[0] == vocabulary]
-    if not base.config.get("tie_word_embeddings", len(like) == 1):
-        return
-    heads = [name for name in base.config.get("architectures") or () if isinstance(name, str)]
-    if not any(mark in name for name in heads for mark in ("LM", "ConditionalGeneration")):
-        return
+    shared = tied(base)
     for layer in found.values():
-        if layer.weight.name in like:
-            raise NotMergeable(
-                f"{layer.name!r} is the embedding and the output head at once (tie_word_embeddings), which a merge "
-                "would change both",
-                fix="untie them in the base first, or leave the adapter unmerged",
-            )
+        if layer.weight.name in shared:
+            raise tied_error(layer.name, "a merge")

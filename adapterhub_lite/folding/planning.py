@@ -23,7 +23,7 @@ from ..registry import registry
 from ..source import DEFAULT, Source
 from .copying import reading
 from .manifest import Folded, Retained
-from .places import Layer, layers, renaming
+from .places import Layer, layers, renaming, tied, tied_error
 from .shards import Shard, Whole
 
 At = Mapping[str, Sequence[float]]
@@ -132,7 +132,7 @@ def _wholes(
     model: BaseModel, kept: Mapping[str, Any], options: Mapping[str, Any], terms: Sequence[tuple[float, Source]]
 ) -> tuple[Whole, ...]:
     """The base's tensors that trained heads, biases and token rows replace."""
-    found = []
+    found, shared = [], tied(model)
     for name, value, rows in registry().format(DEFAULT).replaced(kept, options):
         old = _counterpart(model, name, terms)
         label = f"{value.path.parent.name}: the trained value of {name!r}"
@@ -151,6 +151,8 @@ def _wholes(
                 f"{label} has the shape {list(value.shape)}, and the base's {list(old.shape)}",
                 fix="resize the base's vocabulary first, or pass --keep none",
             )
+        if old.name in shared and not rows and not equal(old, value):  # rows that are trained are trained in both
+            raise tied_error(old.name, "the trained value")
         found.append(Whole(old, value, rows))
     return tuple(found)
 

@@ -1,4 +1,4 @@
-"""transformers loads what was folded, and it computes what the live adapters do; PEFT's own merge agrees where it is right."""
+"""transformers loads what was folded, and it computes what the live adapters do; PEFT's merge agrees where it is right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from fold_models import digests, off_by, same_bits, tensors_of, write_lora, write_model
-from peers import BERT, GPT2, LLAMA, Peer, load_peft, minilm, minilm_folder, native, output, write_adapter
+from peers import (
+    BERT,
+    GPT2,
+    LLAMA,
+    Peer,
+    dense_delta,
+    load_peft,
+    minilm,
+    minilm_folder,
+    native,
+    output,
+    write_adapter,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
