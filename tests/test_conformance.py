@@ -202,7 +202,7 @@ def test_check_method_prints_all_and_raises_for_one(capsys: pytest.CaptureFixtur
         BROKEN
     )
 
-    reasons = dict.fromkeys(("merge_equals_forward", "two_adapters_add_up"), "the paper's own code does so")
+    reasons = dict.fromkeys(BROKEN, "the paper's own code does so")
     check_method(unscaled, reasons)
     assert capsys.readouterr().out.count("xfail  ") == 2
     with pytest.raises(CheckFailed, match="merge_is_pure"):
