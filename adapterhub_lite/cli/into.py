@@ -48,7 +48,7 @@ def refuse_alone(given: Mapping[str, Any]) -> None:
     named = [
         f"--{name}"
         for name in ("at", "stochastic", "link", "resume", "executor")
-        if given[name] not in (None, False, ())
+        if given[name] is not None and given[name] is not False and given[name] != ()  # a seed may be 0
     ]
     if named:
         raise click.UsageError(f"{named[0]} is for --into BASE")
@@ -67,7 +67,7 @@ def parse_at(words: Sequence[str], count: int) -> dict[str, list[float]]:
             weights = [float(number) for number in re.split(r"[,\s]+", numbers.strip(", "))]
         except ValueError:
             weights = []
-        if not is_ or len(weights) != count:
+        if not is_ or not glob or len(weights) != count:
             raise click.UsageError(f"--at {word!r}: write GLOB=W,W with a weight for each of the {count} adapters")
         found[glob] = weights
     return found

@@ -129,7 +129,8 @@ class Change:
         new, db = self.merged(W, b, span)
         merged = rounded(new, stored.dtype, self.layer.weight.name, span)
         if not is_finite(merged):
-            check_finite(stored, self.layer.weight, fix="download the model again")
+            if not is_finite(stored):
+                check_finite(self.layer.weight.read(), self.layer.weight, fix="download the model again")
             raise NotMergeable(
                 f"the merged weight of {self.layer.name!r} does not fit {self.layer.weight.dtype}",
                 fix="look for a weight or an alpha that is too large",
