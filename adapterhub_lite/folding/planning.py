@@ -63,7 +63,7 @@ class Plan:
         base = {name: _header_digest(shard.path) for name, shard in self.model.shards.items()}
         how: dict[str, Any] = {"rounding": "nearest"} if seed is None else {"rounding": "stochastic", "seed": seed}
         if self.at:
-            how["at"] = {glob: list(weights) for glob, weights in self.at.items()}
+            how["at"] = {glob: list(map(float, weights)) for glob, weights in self.at.items()}
         terms = [{"weight": w, **source.recipe()} for w, source in self.terms]
         name = self.model.folder.resolve().name
         return {"rule": "fold", "base": name, "headers": base, **how, "of": {"rule": "sum", "terms": terms}}
