@@ -23,6 +23,7 @@ bench: .venv/test
 	$(BIN)/python benchmarks/merge.py --peft
 	$(BIN)/python benchmarks/many.py
 	$(BIN)/python benchmarks/live.py
+	$(BIN)/python benchmarks/batches.py
 	$(BIN)/python benchmarks/activations.py
 
 # Torch first, at its pin, so that no other package chooses its release.

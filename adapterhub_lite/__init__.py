@@ -17,8 +17,21 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
     from .adapter import load as load
+    from .adapter import merge as merge
     from .compare import Diff as Diff
     from .compare import diff as diff
+    from .compose import Base as Base
+    from .compose import Chain as Chain
+    from .compose import Gate as Gate
+    from .compose import Mean as Mean
+    from .compose import Route as Route
+    from .compose import Rows as Rows
+    from .compose import Sum as Sum
+    from .compose import Use as Use
+    from .compose import chain as chain
+    from .compose import mean as mean
+    from .compose import route as route
+    from .compose import use as use
     from .delta import Delta as Delta
     from .delta import Dense as Dense
     from .delta import LowRank as LowRank
@@ -31,18 +44,35 @@ if TYPE_CHECKING:
     from .errors import OutputExists as OutputExists
     from .errors import PluginError as PluginError
     from .errors import UnknownName as UnknownName
+    from .extraction import extract as extract
     from .folding import fold as fold
     from .hookspecs import hookimpl as hookimpl
     from .live import adapt as adapt
     from .protocol import Method as Method
     from .protocol import Params as Params
+    from .rule import Part as Part
+    from .rule import Place as Place
+    from .rule import Rule as Rule
     from .site import Site as Site
 
 _HOME = {
     "Adapter": "adapter",
     "load": "adapter",
+    "merge": "adapter",
     "Diff": "compare",
     "diff": "compare",
+    "Base": "compose",
+    "Chain": "compose",
+    "Gate": "compose",
+    "Mean": "compose",
+    "Route": "compose",
+    "Rows": "compose",
+    "Sum": "compose",
+    "Use": "compose",
+    "chain": "compose",
+    "mean": "compose",
+    "route": "compose",
+    "use": "compose",
     "Delta": "delta",
     "Dense": "delta",
     "LowRank": "delta",
@@ -55,11 +85,15 @@ _HOME = {
     "OutputExists": "errors",
     "PluginError": "errors",
     "UnknownName": "errors",
+    "extract": "extraction",
     "fold": "folding",
     "hookimpl": "hookspecs",
     "adapt": "live",
     "Method": "protocol",
     "Params": "protocol",
+    "Part": "rule",
+    "Place": "rule",
+    "Rule": "rule",
     "Site": "site",
 }
 

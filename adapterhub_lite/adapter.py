@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import ITEMSIZE, dtype_name
 from .combine import Truncated, WeightedSum
 from .errors import ConfigError
+from .merged import Merged
+from .options import build
 from .plan import Plan, plan, widest
+from .registry import registry
+from .rule import Rule
 from .source import Held, Single, stored
 
 if TYPE_CHECKING:
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .delta import Delta
+    from .per_site import Weight
     from .protocol import Method, Params
     from .save import RelativeError
     from .site import Site
@@ -31,6 +36,35 @@ def load(ref: str | Path) -> Adapter:
     Raises `FileError` for a folder that is missing, broken, hostile or not understood.
     """
     return Adapter(((1.0, stored(ref)),))
+
+
+def merge(
+    adapters: Sequence[Adapter],
+    rule: str | Rule | None = None,
+    *,
+    weights: Sequence[Weight] | None = None,
+    at: Mapping[str, Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> Adapter:
+    """The adapters merged by a rule, lazily: nothing but headers is read before it is saved or asked for.
+
+    `rule` is a rule's name, with its `options`, or the rule itself; None is the exact weighted sum. A weight may be
+    a mapping from patterns of site names to numbers, or to several that are spread along the layers; `at` gives
+    options that differ at the sites that a pattern matches. Of patterns, the first that matches counts. By default
+    weights are the rule's own, for most 1/N each.
+    """
+    if isinstance(rule, str) or rule is None:
+        cls = registry().rule("sum" if rule is None else rule)
+        rule_itself = build(cls, options, owner=f"rule {cls.name!r}")
+    elif not isinstance(rule, Rule):
+        raise ConfigError(f"{rule!r} is not a rule with its options", fix="give its name, or an instance")
+    elif options:
+        raise ConfigError(f"options {', '.join(options)} beside a rule that has its own", fix="give them to the rule")
+    else:
+        rule_itself = rule
+    count = len(adapters)
+    given = [rule_itself.default_weight(count) for _ in adapters] if weights is None else list(weights)
+    return Adapter(((1.0, Merged(rule_itself, [a.inner for a in adapters], given, at)),))
 
 
 class Adapter:
@@ -147,13 +181,19 @@ class Adapter:
 
         return measure(self.source)
 
+    @property
+    def inner(self) -> Source:
+        """The one source that it is, with weight 1; else the sum."""
+        weight, only = self._terms[0]
+        return only if len(self._terms) == 1 and weight == 1.0 else self.source
+
     @cached_property
     def source(self) -> WeightedSum:
         """What gives its deltas; terms of weight 0 are left out."""
         return WeightedSum(tuple((w, source) for w, source in self._terms if w != 0))
 
     def __repr__(self) -> str:
-        names = (f"{w:g} * {next(iter(source.contents))}" for w, source in self._terms)
+        names = (f"{w:g} * {_named(source)}" for w, source in self._terms)
         return f"<Adapter {' + '.join(names)}>"
 
     # Writing ----------------------------------------------------------------------------------------
@@ -186,3 +226,8 @@ class Adapter:
         """
         spelled = None if dtype is None else dtype_name(dtype)
         return self.write(Path(out), dtype=spelled, force=force, any_base=any_base, keep=keep)[1]
+
+
+def _named(source: Source) -> str:
+    names = list(source.contents)
+    return f"{source.rule.name}({', '.join(names)})" if isinstance(source, Merged) else names[0]

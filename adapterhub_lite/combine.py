@@ -6,11 +6,11 @@ Headers suffice to make and plan them; only `piece` computes, and only it import
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from .agreement import common_sites
 from .errors import ConfigError, NotMergeable
@@ -23,6 +23,24 @@ if TYPE_CHECKING:
     from .delta import Delta
 
 T = TypeVar("T")
+FIRST = 32  # singular values of a site that are asked for, before it is known how many are needed
+
+
+class Spectrum(NamedTuple):
+    """Singular values."""
+
+    values: list[float]  # the largest, descending
+    rest: float = 0.0  # the squares of all others, summed up
+
+
+class Truncatable(Source, Protocol):
+    """A source that can be cut to lower ranks."""
+
+    def spectrum(self, site: str, least: int) -> Spectrum:
+        """At least so many singular values, or all that there are."""
+
+    def truncated(self, site: str, rank: int) -> Piece:
+        """The nearest of this rank, which is less than that of the whole."""
 
 
 class WeightedSum:
@@ -38,18 +56,19 @@ class WeightedSum:
 
     @cached_property
     def contents(self) -> Mapping[str, Contents]:
-        found: dict[str, Contents] = {}
-        for _, source in self.terms:
-            for name, own in source.contents.items():
-                label, n = name, 1
-                while found.setdefault(label, own) is not own:  # two of one name, in memory say
-                    n += 1
-                    label = f"{name} ({n})"
-        return found
+        return labelled([source for _, source in self.terms])
 
     @cached_property
     def sites(self) -> Mapping[str, SiteContents]:
         return common_sites([(next(iter(source.contents)), source.sites) for _, source in self.terms])
+
+    @property
+    def written_out(self) -> frozenset[str]:
+        return frozenset[str]().union(*(source.written_out for _, source in self.terms))
+
+    def prepare(self) -> None:
+        for _, source in self.terms:
+            source.prepare()
 
     def _at(self, site: str) -> list[tuple[float, Source]]:
         return [(w, source) for w, source in self.terms if site in source.sites]
@@ -67,6 +86,9 @@ class WeightedSum:
 
         from . import algebra
 
+        weight, only = self.terms[0]
+        if len(self.terms) == 1 and weight == 1.0:
+            return only.piece(site)
         lost: list[Delta] = []
         biases: list[Tensor] = []  # (out,) each
 
@@ -80,6 +102,20 @@ class WeightedSum:
 
         delta = algebra.total(deltas())
         return Piece(delta, tuple(lost), torch.stack(biases).sum(0) if biases else None)
+
+    def spectrum(self, site: str, least: int) -> Spectrum:
+        from . import algebra
+
+        return Spectrum(algebra.spectrum(self.piece(site).delta).tolist())
+
+    def truncated(self, site: str, rank: int) -> Piece:
+        from . import algebra
+
+        whole = self.piece(site)
+        kept, dropped = algebra.truncate(whole.delta, rank)
+        lost, bias = whole.lost, whole.bias
+        del whole  # it may be a matrix, and the next is made
+        return Piece(kept, (*lost, dropped.scaled(-1.0)), bias)
 
     def recipe(self) -> dict[str, Any]:
         return {"rule": "sum", "terms": [{"weight": w, **source.recipe()} for w, source in self.terms]}
@@ -95,7 +131,7 @@ class Truncated:
 
     def __init__(
         self,
-        of: WeightedSum,
+        of: Truncatable,
         *,
         rank: int | None = None,
         max_error: float | None = None,
@@ -123,32 +159,61 @@ class Truncated:
     def sites(self) -> Mapping[str, SiteContents]:
         return self.of.sites
 
-    @cached_property
-    def _spectra(self) -> dict[str, list[float]]:
-        from . import algebra
+    @property
+    def written_out(self) -> frozenset[str]:
+        return frozenset()
 
-        return dict(each(self.sites, lambda name: algebra.spectrum(self.of.piece(name).delta).tolist()))
+    def prepare(self) -> None:
+        self.of.prepare()
+
+    @cached_property
+    def _spectra(self) -> dict[str, Spectrum]:
+        self.prepare()
+        return dict(each(self.sites, lambda name: self.of.spectrum(name, FIRST)))
 
     @cached_property
     def ranks(self) -> Mapping[str, int]:
         """The rank kept at each site; 0 where a budget leaves nothing."""
         if self.rank is not None:
             return {name: min(self.rank, self.of.extent(name).rank) for name in self.sites}
-        cost = {name: self.itemsize * sum(part.shape) for name, part in self.sites.items()}
+        while True:
+            ranks = self._chosen()
+            # All that is known of a site is kept, and there is more: whether to keep that too is to be seen.
+            short = {name: s for name, s in self._spectra.items() if s.rest > 0 and ranks[name] >= len(s.values)}
+            if not short:
+                return ranks
+            self._spectra.update(each(short, self._longer))
+
+    def _longer(self, site: str) -> Spectrum:
+        return self.of.spectrum(site, 2 * len(self._spectra[site].values))
+
+    def _chosen(self) -> dict[str, int]:
+        """The best ranks among the singular values that are known."""
         from .allocate import within_budget, within_error
 
+        values = {name: spectrum.values for name, spectrum in self._spectra.items()}
+        cost = {name: self.itemsize * sum(part.shape) for name, part in self.sites.items()}
         if self.max_error is not None:
-            return within_error(self._spectra, cost, self.max_error)
+            total, rest = self._squares(), math.fsum(s.rest for s in self._spectra.values())
+            if not rest:
+                return within_error(values, cost, self.max_error)
+            allowed = self.max_error**2 * total - rest
+            return within_error(values, cost, math.sqrt(max(allowed, 0.0) / max(total - rest, allowed, 1e-300)))
         assert self.budget is not None
         fixed = self.reserved
         if any(self.of.extent(name).bias for name in self.sites):
             fixed += self.itemsize * sum(part.shape[0] for part in self.sites.values())
-        ranks = within_budget(self._spectra, cost, max(self.budget - fixed, 0))
+        ranks = within_budget(values, cost, max(self.budget - fixed, 0))
         if not any(ranks.values()):
             beside = f" beside {fixed} of biases, heads and the like" if fixed else ""
             least = fixed + min(cost.values())
             raise ConfigError(f"{self.budget} bytes hold no rank at all{beside}", fix=f"allow at least {least}")
         return ranks
+
+    def _squares(self) -> float:
+        """Of all singular values, summed up."""
+        known = math.fsum(s * s for spectrum in self._spectra.values() for s in spectrum.values)
+        return known + math.fsum(spectrum.rest for spectrum in self._spectra.values())
 
     def storing(self, itemsize: int, reserved: int) -> Truncated:
         """The same, with a budget that is shared with `reserved` bytes; the spectra are not computed again."""
@@ -168,8 +233,9 @@ class Truncated:
     @property
     def cut_error(self) -> float:
         """The relative error of the truncation alone."""
-        total = math.fsum(s * s for spectrum in self._spectra.values() for s in spectrum)
-        cut = math.fsum(s * s for name, spectrum in self._spectra.items() for s in spectrum[self.ranks[name] :])
+        total, ranks = self._squares(), self.ranks
+        cut = math.fsum(s * s for name, own in self._spectra.items() for s in own.values[ranks[name] :])
+        cut += math.fsum(own.rest for own in self._spectra.values())
         return math.sqrt(cut / total) if total else 0.0
 
     def extent(self, site: str) -> Extent:
@@ -177,17 +243,25 @@ class Truncated:
         return whole if self.ranks[site] >= whole.rank else Extent(self.ranks[site], frozenset({1.0}), whole.bias)
 
     def piece(self, site: str) -> Piece:
-        from . import algebra
-
-        whole = self.of.piece(site)
         if self.ranks[site] >= self.of.extent(site).rank:  # its own factors have fewer roundings behind them
-            return whole
-        kept, dropped = algebra.truncate(whole.delta, self.ranks[site])
-        return Piece(kept, (*whole.lost, dropped.scaled(-1.0)), whole.bias)
+            return self.of.piece(site)
+        return self.of.truncated(site, self.ranks[site])
 
     def recipe(self) -> dict[str, Any]:
         how = {"rank": self.rank, "max_error": self.promised or None, "budget": self.budget}
         return {"rule": "truncate", **{k: v for k, v in how.items() if v is not None}, "of": self.of.recipe()}
+
+
+def labelled(sources: Iterable[Source]) -> dict[str, Contents]:
+    """The adapters that these are made of, by names to call them in messages; numbered where two have one name."""
+    found: dict[str, Contents] = {}
+    for source in sources:
+        for name, own in source.contents.items():
+            label, n = name, 1
+            while found.setdefault(label, own) is not own:  # two of one name, in memory say
+                n += 1
+                label = f"{name} ({n})"
+    return found
 
 
 def each(names: Mapping[str, Any], job: Callable[[str], T]) -> Iterator[tuple[str, T]]:

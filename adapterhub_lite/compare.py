@@ -175,6 +175,7 @@ def diff(
     for source in sources:
         for site in source.sites:
             source.extent(site)  # refused before anything is computed
+        source.prepare()
 
     def job(site: str) -> _Found:
         pieces = [source.piece(site) if site in source.sites else None for source in sources]

@@ -39,9 +39,9 @@ METHOD = Kind("methods", "method", "")
 FORMAT = Kind("formats", "format", "format.", classes=False)
 SITE_KIND = Kind("site_kinds", "site kind", "site.", attribute="kind")
 COMMAND = Kind("commands", "command", "command.", classes=False)
-KINDS = (METHOD, FORMAT, SITE_KIND, COMMAND)
-# Merge rules have a prefix, so that nothing else is looked for in their plugins, but no hook yet.
-_PREFIXES = ("format.", "site.", "command.", "rule.")
+RULE = Kind("rules", "rule", "rule.")
+KINDS = (METHOD, FORMAT, SITE_KIND, RULE, COMMAND)
+_PREFIXES = tuple(kind.prefix for kind in KINDS if kind.prefix)
 
 
 class Refused(Exception):

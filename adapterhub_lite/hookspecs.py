@@ -4,7 +4,8 @@ A plugin is a module that has at least one function decorated with `hookimpl` an
 as below. An entry point of the group `adapterhub_lite` makes it known, and the entry
 point's name is the plugin's name. A prefix says that the plugin gives nothing else, so
 that it is left alone when something else is wanted: `format.NAME`, `site.NAME`,
-`command.NAME`. Without a prefix it may give methods, formats and site kinds.
+`rule.NAME`, `command.NAME`. Without a prefix it may give methods, formats, site kinds and
+rules.
 
 Hooks are called to find out what there is, at most once each in a process; nothing that
 computes goes through them. A hook that raises loses what it would have given, and nobody
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from .format import Format
     from .protocol import Method
+    from .rule import Rule
     from .site import Site
 
 hookspec = pluggy.HookspecMarker("adapterhub_lite")
@@ -57,6 +59,16 @@ def site_kinds() -> Iterable[type[Site]]:  # type: ignore[empty-body]
     Called when adapters meet layers: on a live model, or for the matrix form of a stored
     weight. Plugins named `site.NAME` and plugins without a prefix are asked. These are
     the plugins that may import torch at the top of their file.
+    """
+
+
+@hookspec
+def rules() -> Iterable[type[Rule]]:  # type: ignore[empty-body]
+    """Merge rules: classes, each with its own `name`.
+
+    Called when a rule is asked for by its name, or rules are listed. Plugins named `rule.NAME`
+    and plugins without a prefix are asked; for one rule by its name, those of that name come
+    first.
     """
 
 

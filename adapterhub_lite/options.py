@@ -13,15 +13,67 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, NamedTuple, TypeVar, Union
 
 from .errors import ConfigError, nearest
 
 T = TypeVar("T")
 
 
+class Bounds(NamedTuple):
+    """What a number may be at most and at least; open where the bound itself is no value."""
+
+    least: float | None = None
+    most: float | None = None
+    least_open: bool = False
+    most_open: bool = False
+
+    def hold(self, value: float) -> bool:
+        low = self.least is None or (value > self.least if self.least_open else value >= self.least)
+        return low and (self.most is None or (value < self.most if self.most_open else value <= self.most))
+
+    def __str__(self) -> str:
+        said = []
+        if self.least is not None:
+            said.append(f"{'above' if self.least_open else 'at least'} {self.least:g}")
+        if self.most is not None:
+            said.append(f"{'below' if self.most_open else 'at most'} {self.most:g}")
+        return " and ".join(said)
+
+
+def option(
+    default: T,
+    help: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> T:
+    """A field of options with its default, a line of help and its bounds; the command line shows both.
+
+    >>> @dataclasses.dataclass
+    ... class Sparse:
+    ...     density: float = option(0.2, "The share that is kept.", above=0, most=1)
+    >>> validate(Sparse(density=2.0), owner="rule 'sparse'")
+    Traceback (most recent call last):
+    adapterhub_lite.errors.ConfigError: rule 'sparse': density=2.0 is not above 0 and at most 1; change density
+    """
+    bounds = Bounds(
+        least if above is None else above, most if below is None else below, above is not None, below is not None
+    )
+    made: T = dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
+    return made
+
+
+def bounds(field: dataclasses.Field[Any]) -> Bounds:
+    """The bounds that a field was given."""
+    found: Bounds = field.metadata.get("bounds", Bounds())
+    return found
+
+
 def validate(options: Any, *, owner: str) -> None:
-    """Raise `ConfigError` if a field of the dataclass `options` has a value of the wrong type."""
+    """Raise `ConfigError` if a field of the dataclass `options` has a value of the wrong type, or out of bounds."""
     hints = _hints(type(options))  # type: ignore[arg-type]  # mypy forgets that a class has a hash
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -29,6 +81,8 @@ def validate(options: Any, *, owner: str) -> None:
             raise ConfigError(
                 f"{field.name}={value!r} is not {_describe(hints[field.name])}", where=owner, fix=f"change {field.name}"
             )
+        if isinstance(value, (int, float)) and not bounds(field).hold(value):
+            raise ConfigError(f"{field.name}={value!r} is not {bounds(field)}", where=owner, fix=f"change {field.name}")
 
 
 def build(cls: type[T], values: Mapping[str, Any], *, owner: str) -> T:

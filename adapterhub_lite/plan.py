@@ -44,6 +44,11 @@ class Plan:
 
 def plan(source: WeightedSum, *, dtype: str | None = None, any_base: bool = False, keep: str | None = None) -> Plan:
     """How `source` would be written. Raises `NotMergeable` where its parts contradict each other."""
+    if rules := source.written_out:
+        raise NotMergeable(
+            f"what rule {' and '.join(map(repr, sorted(rules)))} gives has full rank: no adapter can hold it whole",
+            fix="truncate it: --rank N, --max-error E or --budget SIZE (in Python: truncate)",
+        )
     shared = common(source.contents, any_base=any_base, keep=keep)
     source = _storing(source, ITEMSIZE[dtype or widest(source)], _nbytes(shared.kept.values()))
     whole = _one_adapter(source)

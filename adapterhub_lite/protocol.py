@@ -76,6 +76,8 @@ class Method:
     """Whether a rule looks at the base weight: such an adapter cannot be merged from files alone."""
     wraps_call: ClassVar[bool] = False
     """Whether `before` and `after` are its rules: then it is on alone at its layers, with weight 1."""
+    takes_any_output: ClassVar[bool] = True
+    """Whether `forward` takes another adapter's output for y; False where it computes the layer anew."""
     exact_gradients: ClassVar[bool] = True
     """Whether gradients are the derivatives of `forward`; False where the paper holds a part of it constant."""
     carries_low_rank: ClassVar[bool] = False
@@ -96,6 +98,11 @@ class Method:
     def identity_at_init(self) -> bool:
         """Whether a fresh adapter leaves the base's output unchanged."""
         return True
+
+    @property
+    def adds_delta(self) -> bool:
+        """Whether `forward` adds what `delta` and `delta_bias` give and does no more, in training too."""
+        return not self.defines("forward")
 
     def at(self, site: str) -> Self:
         """The options as they hold at the site of that name, with patterns resolved. The rules see these."""
@@ -170,6 +177,13 @@ class Method:
     def after(self, p: Params, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, site: Site) -> Any:
         """What the layer gives instead of `out`, for the arguments that `before` made: `wraps_call` is to be true."""
         return out
+
+    def weighed(self, p: Params, weight: Tensor, site: Site) -> Mapping[str, Tensor]:
+        """The tensors for `before` where each sample has a weight (batch,) of its own: for methods that wrap the call.
+
+        Others are weighed in what they add to the output, and are not asked.
+        """
+        raise _missing(self, "weighed")
 
     def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """The adapted output, for the layer's input x and the base's output y."""

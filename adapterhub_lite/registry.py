@@ -25,6 +25,7 @@ from .discovery import (
     GROUP,
     KINDS,
     METHOD,
+    RULE,
     SITE_KIND,
     Found,
     Kind,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from .format import Format
     from .protocol import Method
+    from .rule import Rule
     from .site import Site
 
 DISABLE = "ADAPTERHUB_LITE_DISABLE"
@@ -131,6 +133,15 @@ class Registry:
     def site_kinds(self) -> dict[str, type[Site]]:
         """All site kinds, sorted by name. Broken plugins are left out; a clash raises."""
         return self._all(SITE_KIND)
+
+    def rule(self, name: str) -> type[Rule]:
+        """The merge rule `name`. Only the plugin `rule.NAME` is imported, if it gives the rule."""
+        found: type[Rule] = self._get(RULE, name)
+        return found
+
+    def rules(self) -> dict[str, type[Rule]]:
+        """All merge rules, sorted by name. Broken plugins are left out; a clash raises."""
+        return self._all(RULE)
 
     def commands(self) -> dict[str, Callable[[], click.Command]]:
         """A loader for each command that an entry point `command.NAME` announces, sorted by NAME.

@@ -13,13 +13,13 @@ from . import algebra, options, recast
 from ._version import __version__
 from .checkpoint import torch_dtype
 from .combine import Truncated, WeightedSum, each
-from .delta import LowRank
+from .delta import Dense, LowRank
 from .errors import AdapterError, ConfigError, NotMergeable
 from .format import Writer, is_floating
 from .plan import Plan, plan
 from .protocol import Method, Params
 from .registry import registry
-from .source import DEFAULT, make_site, read
+from .source import DEFAULT, Piece, make_site, read
 from .staging import staged
 
 LONG_FLOAT = -1.2345678901234567e-100  # no float takes more room in JSON
@@ -153,6 +153,7 @@ def _tightened(source: WeightedSum, error: RelativeError, dtype: str) -> Weighte
 def _write(planned: Plan, writer: Writer | None, progress: Callable[[int, int], None]) -> RelativeError:
     """Compute and write every site; with no writer, only measure."""
     source, whole, total = planned.source, planned.verbatim, len(planned.source.sites)
+    source.prepare()
 
     def job(name: str) -> Loss:
         if whole is not None:
@@ -218,9 +219,10 @@ def _one_site(source: WeightedSum, planned: Plan, writer: Writer | None, name: s
         raise NotMergeable(
             f"at {name!r} {e.what}", fix="choose a wider --dtype (bfloat16 and float32 reach 3e38)"
         ) from e
-    missed = algebra.total([*piece.lost, lost.scaled(c)])
-    exact = algebra.total([piece.delta, *(d.scaled(-1.0) for d in piece.lost)])
-    lost_square, size = (length**2 for length in algebra.norms([missed, exact]))
+    if piece.measured is not None:
+        lost_square, size = piece.measured(stored.scaled(c))
+    else:
+        lost_square, size = _squares(piece, lost.scaled(c))
     part = planned.contents.sites.get(name)
     if part is None:  # rank 0: all of it is lost
         unstored = 0.0 if piece.bias is None else float(piece.bias.norm()) ** 2
@@ -240,6 +242,17 @@ def _one_site(source: WeightedSum, planned: Plan, writer: Writer | None, name: s
     if writer is not None:
         for key, t in tensors.items():
             writer.write(name, key, t)
+    return lost_square, size
+
+
+def _squares(piece: Piece, rounding: LowRank) -> tuple[float, float]:
+    """‖missed‖² and ‖exact‖², without a bias."""
+    missed = algebra.total([*piece.lost, rounding])
+    if isinstance(missed, Dense):  # one matrix after the other
+        lost_square, missed = algebra.norm(missed) ** 2, rounding
+        return lost_square, algebra.norm(algebra.total([piece.delta, *(d.scaled(-1.0) for d in piece.lost)])) ** 2
+    exact = algebra.total([piece.delta, *(d.scaled(-1.0) for d in piece.lost)])
+    lost_square, size = (length**2 for length in algebra.norms([missed, exact]))
     return lost_square, size
 
 

@@ -34,15 +34,19 @@ def of(weights: Mapping[str, Tensor]) -> Sketch:
     for name, weight in weights.items():
         W = whole(weight)
         rows, columns = zip(*places(*W.shape), strict=True)
-        picked = W[list(rows), list(columns)].float().tolist()
-        found[name] = [float(f"{value:.4g}") for value in picked]
+        found[name] = rounded(W[list(rows), list(columns)].float().tolist())
     return found
 
 
 def places(out: int, into: int) -> list[tuple[int, int]]:
-    """Row and column of the values that the sketch of a matrix has."""
-    scattered = [(k * 2654435761 + k) % (out * into) for k in range(1, VALUES + 1)]  # Knuth's multiplier scatters them
-    return [divmod(at, into) for at in scattered]
+    """Rows and columns of the values that are sampled of a weight (out, in)."""
+    # Knuth's multiplier scatters them
+    return [divmod((k * 2654435761 + k) % (out * into), into) for k in range(1, VALUES + 1)]
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    """As a sketch has them."""
+    return [float(f"{value:.4g}") for value in values]
 
 
 def told(facts: Mapping[str, Any]) -> Sketch:

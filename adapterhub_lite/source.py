@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .checkpoint import TensorInfo, check_finite, dtype_name, sha256
-from .delta import Delta
+from .delta import Delta, LowRank
 from .errors import FileError, NotMergeable, nearest
 from .format import Contents, Format, Planned, SiteContents
 from .protocol import Params
@@ -31,6 +31,11 @@ class Piece(NamedTuple):
     delta: Delta
     lost: tuple[Delta, ...] = ()  # they sum to `delta` minus the exact value: what was cut off so far
     bias: Tensor | None = None  # (out,)
+    measured: Callable[[LowRank], tuple[float, float]] | None = None
+    """For what is stored instead, ‖stored - exact‖² and ‖exact‖² without the bias.
+
+    Given where the exact value is no delta in memory but is read again, in pieces; `lost` is then empty.
+    """
 
 
 class Extent(NamedTuple):
@@ -52,7 +57,14 @@ class Source(Protocol):
     def sites(self) -> Mapping[str, SiteContents]:
         """What layers it adapts; the tensors are described as far as they are known."""
 
+    @property
+    def written_out(self) -> frozenset[str]:
+        """The rules whose results are of full rank and not truncated since: as they are, they are not saved."""
+
     def extent(self, site: str) -> Extent: ...
+
+    def prepare(self) -> None:
+        """Compute what all sites need, before they are asked for one by one, maybe by several threads."""
 
     def piece(self, site: str) -> Piece: ...
 
@@ -73,6 +85,13 @@ class Single(ABC):
     @property
     def sites(self) -> Mapping[str, SiteContents]:
         return self.own.sites
+
+    @property
+    def written_out(self) -> frozenset[str]:
+        return frozenset()
+
+    def prepare(self) -> None:  # noqa: B027 - sites are read one by one: there is nothing to prepare
+        """Nothing."""
 
     @abstractmethod
     def saved(self, site: str) -> Params:

@@ -1,6 +1,6 @@
 """Build what the benchmarks read: adapters in PEFT's layout, and a base checkpoint for PEFT.
 
-    python benchmarks/fixtures.py adapters|base|many|sharded [--count N] [--times N] [--dir DIR]
+    python benchmarks/fixtures.py adapters|base|tuned|many|sharded [--count N] [--times N] [--dir DIR]
 
 Each piece is built in a sibling folder and renamed, so what is there is whole, and is
 not built again. Seeded: the same bytes each time.
@@ -79,6 +79,11 @@ def deep(folder: Path, times: int) -> Path:
     """A rank-16 adapter on all linear layers of `sharded(times)`."""
     shapes = {f"layers.{i}.{name}": shape for i in range(LAYERS * times) for name, shape in MODULES.items()}
     return _once(folder / "deep" / str(times), partial(_adapter, shapes, RANK, 32, 7, "bfloat16"))
+
+
+def tuned(folder: Path) -> Path:
+    """The Llama after a fine-tune of all its linear layers: singular values that decay, then bfloat16."""
+    return _once(folder / "tuned", partial(_tuned, base(folder)))
 
 
 def _once(out: Path, build: Callable[[Path], None]) -> Path:
@@ -169,6 +174,24 @@ def _config(layers: int) -> dict[str, Any]:
     }
 
 
+def _tuned(model: Path, out: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    rng = torch.Generator().manual_seed(1)
+    tensors = load_file(model / "model.safetensors")
+    for name, W in tensors.items():
+        if name.startswith("model.layers.") and W.ndim == 2:
+            rows, columns = W.shape
+            decay = torch.arange(1, 129) ** -1.0  # of 128 directions, beside noise everywhere
+            B = torch.randn(rows, 128, generator=rng) * decay
+            A = torch.randn(128, columns, generator=rng)
+            noise = torch.randn(rows, columns, generator=rng)
+            tensors[name] = (W.float() + 0.002 * (B @ A) + 0.0003 * noise).to(W.dtype)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(model / "config.json", out)
+
+
 def _sharded(times: int, out: Path) -> None:
     import torch
     from safetensors.torch import save_file
@@ -217,7 +240,7 @@ def build_apart(*arguments: str, folder: Path) -> list[Path]:
 def main() -> None:
     """Build one kind and print the folders."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["adapters", "base", "many", "sharded"])
+    parser.add_argument("what", choices=["adapters", "base", "tuned", "many", "sharded"])
     parser.add_argument("--dir", type=Path, default=CACHE, help="where (default: %(default)s)")
     parser.add_argument("--count", type=int, default=1000, help="how many, of `many` (default: %(default)s)")
     parser.add_argument("--times", type=int, default=1, help="how large, of `sharded` (default: %(default)s)")
@@ -230,7 +253,7 @@ def main() -> None:
     elif options.what == "sharded":
         folders = [sharded(options.dir, options.times), deep(options.dir, options.times)]
     else:
-        folders = [base(options.dir)]
+        folders = [base(options.dir) if options.what == "base" else tuned(options.dir)]
     print(*folders, sep="\n")
 
 

@@ -22,8 +22,9 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("adapters", type=Path, nargs="+")
     parser.add_argument("--weights", type=float, nargs="+", required=True)
-    parser.add_argument("--type", choices=["cat", "svd"], required=True)
-    parser.add_argument("--rank", type=int, help="of the result, for svd")
+    parser.add_argument("--type", choices=["cat", "svd", "ties_svd", "dare_linear_svd"], required=True)
+    parser.add_argument("--density", type=float, help="what is kept, for ties and dare")
+    parser.add_argument("--rank", type=int, help="of the result, for those with svd")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
@@ -33,7 +34,8 @@ def main() -> None:
     peft = PeftModel.from_pretrained(model, str(first), adapter_name=names[0], low_cpu_mem_usage=True)
     for name, folder in zip(names[1:], others, strict=True):
         peft.load_adapter(str(folder), adapter_name=name, low_cpu_mem_usage=True)
-    svd = {"svd_rank": options.rank, "svd_full_matrices": False} if options.type == "svd" else {}
+    svd = {"svd_rank": options.rank, "svd_full_matrices": False} if options.type.endswith("svd") else {}
+    svd |= {"density": options.density} if options.density is not None else {}
     peft.add_weighted_adapter(names, options.weights, "merged", combination_type=options.type, **svd)
     peft.save_pretrained(str(options.out), selected_adapters=["merged"])
 

@@ -56,6 +56,7 @@ def test_lora_conforms_where_its_own_tensors_are_not_stored(method: Method, chec
 RULES_IT_LACKS = {
     "shared_depends_on_shapes": "defines no shared()",
     "shared_is_kept_once": "defines no shared()",
+    "merge_goes_by_rows": "defines no rows()",
     "before_is_pure": "defines no before()",
     "before_finds_the_input": "defines no before()",
     "step_rules_change_own_tensors": "defines neither before_step() nor after_step()",
@@ -69,7 +70,8 @@ def test_lora_is_skipped_only_where_it_says_so() -> None:
     for method in CONFIGURATIONS:
         skipped = {own.name: why for own in checks_for(method) if (why := own.skipped(method))}
         random = {} if method.identity_at_init else {"identity_at_init": "declares that identity_at_init is False"}
-        assert skipped == RULES_IT_LACKS | random
+        drops = {} if method.adds_delta else {"adds_delta_in_training": "declares that adds_delta is False"}
+        assert skipped == RULES_IT_LACKS | random | drops
 
 
 # Kinds without an example here; the tests of their methods have such layers.

@@ -28,7 +28,7 @@ import pytest
 from clean_venv import LEFTOVERS, clean_venv, shell
 from peers import LLAMA, write_adapter
 
-from adapterhub_lite import Method, Params, Site, delta, hookspecs
+from adapterhub_lite import Method, Params, Part, Place, Rule, Site, delta, hookspecs
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/*/*.md")])
@@ -228,6 +228,7 @@ def documented() -> str:
     return " ".join((ROOT / "docs/protocol.md").read_text(encoding="utf-8").split())
 
 
+CLASSES = [Method, Params, Site, delta.LowRank, delta.Sparse, delta.Dense, delta.Outline, Rule, Part, Place]
 HOOKS = [f for f in vars(hookspecs).values() if inspect.isfunction(f) and f.__module__ == hookspecs.__name__]
 
 
@@ -236,7 +237,7 @@ def test_every_hook_is_documented_with_its_signature(hook: Callable[..., Any]) -
     assert f"`{signature(hook.__name__, hook)}`" in documented()
 
 
-@pytest.mark.parametrize("cls", [Method, Params, Site, delta.LowRank, delta.Sparse, delta.Dense, delta.Outline])
+@pytest.mark.parametrize("cls", CLASSES)
 def test_every_public_name_is_documented_with_its_signature(cls: type) -> None:
     text = documented()
     missing = [f"`{name}`" for name in public(cls) if f"`{name}`" not in text]
@@ -246,7 +247,7 @@ def test_every_public_name_is_documented_with_its_signature(cls: type) -> None:
 def test_the_reference_documents_nothing_that_is_not_there() -> None:
     """A signature in the list of a class is one of that class: what was renamed or removed goes out."""
     known = {signature(f.__name__, f) for f in HOOKS}
-    for cls in (Method, Params, Site, delta.LowRank, delta.Sparse, delta.Dense, delta.Outline):
+    for cls in CLASSES:
         known |= set(public(cls))
     listed = re.findall(r"^- `([^`]+)`", (ROOT / "docs/protocol.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(listed) > 30

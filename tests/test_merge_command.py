@@ -136,7 +136,19 @@ def test_default_weights_are_said_aloud(adapter: Command, ab: Path) -> None:
         ("a b -o out --dtype float8", "float16"),
         ("a b -o out --keep d", "'d' is none of the adapters"),
         ("a b -o out --wieghts 1 2", "--weights"),
-        ("a b -o out --rule ties", "--rule"),
+        ("a b -o out --rule tis", "did you mean 'ties'"),
+        ("a b -o out --rule", "--rule"),
+        ("a b -o out --density 0.5", "without --rule; rules that have it: breadcrumbs"),
+        ("a b -o out --rule slerp --density 0.5", "'slerp' has no option --density; rules that have it"),
+        ("a b -o out --rule ties --densty 0.5", "'--density'"),
+        ("a b -o out --rule ties --density 2", "0<x<=1"),
+        ("a b -o out --rule ties --density x", "'x'"),
+        ("a b -o out --rule ties --scale nan", "scale=nan is not a finite number"),
+        ("a b -o out --rule ties --variant pfet", "'pfet' is not one of"),
+        ("a b -o out --rule della --density 0.01 --window 0.5", "window"),
+        ("a b c -o out --rule slerp", "merges 2 adapters, and was given 3"),
+        ("a b -o out --rule mean --weights 1 -1", "shares of an average"),
+        ("a b -o out --rule model_stock --weights 1 2", "finds its own weights"),
     ],
 )
 def test_wrong_usage(adapter: Command, ab: Path, words: str, said: str) -> None:
@@ -204,7 +216,19 @@ def test_dry_run(adapter: Command, ab: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    ["merge a b --rank 3 --dry-run", "merge a b --dry-run --json", "info a", "info a --json -v", "methods", "-h"],
+    [
+        "merge a b --rank 3 --dry-run",
+        "merge a b --dry-run --json",
+        "merge a b --rule tsv --dry-run",
+        "merge a b --rule ties --rank 3 --density 0.1 --dry-run --json",
+        "merge --rule ties --help",
+        "rules",
+        "rules ties",
+        "info a",
+        "info a --json -v",
+        "methods",
+        "-h",
+    ],
 )
 def test_headers_need_no_torch(ab: Path, words: str) -> None:
     code = "import sys; from adapterhub_lite.cli import run; sys.exit(run(sys.argv[1:]) or 'torch' in sys.modules)"

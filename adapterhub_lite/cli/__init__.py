@@ -18,9 +18,13 @@ from ..registry import registry, use_plugins_dir
 # Name -> (module, one line for --help). Nothing is imported to print the help.
 COMMANDS = {
     "methods": ("methods", "Plugins found: methods, what they can do, where they come from."),
+    "rules": ("rules", "Merge rules found, and their options."),
     "info": ("info", "What an adapter is: method, base, rank, sites, size, how it was made."),
-    "merge": ("merge", "Adapters into one: the exact weighted sum, or its best truncation."),
+    "merge": ("merge", "Adapters into one: the exact weighted sum or another rule, whole or truncated."),
     "diff": ("diff", "How like adapters are: norms, cosine, overlap, spectra; an HTML page."),
+    "resize": ("resize", "One adapter, at a lower rank, error, size or precision."),
+    "extract": ("extract", "A LoRA from a full fine-tune: what its weights differ by from the base's."),
+    "compile": ("compile", "A composition, sums and chains of adapters, into one plain LoRA."),
     "convert": ("convert", "A folder of another dialect, AdapterHub's say, in PEFT's layout."),
     "plugin": ("plugin", "Write a plugin package, and check it."),
     "demo": ("demo", "Train two adapters on a small model, merge them, look at what happened."),

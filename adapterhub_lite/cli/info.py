@@ -133,12 +133,20 @@ def _shown(value: Any) -> str:
 def _formula(recipe: Any, depth: int = 0) -> str:
     """0.7 * sql + 0.3 * french; a stranger's header may hold anything."""
     match recipe:
-        case {"rule": "sum", "terms": [*terms]} if depth < DEEPEST:
-            return " + ".join(f"{t.get('weight')} * {_term(t, depth)}" for t in terms[:8] if isinstance(t, dict)) + (
-                f" + {len(terms) - 8} more" if len(terms) > 8 else ""
-            )
+        case {"rule": "sum", "terms": [*terms], **more} if depth < DEEPEST and "options" not in more:
+            return _terms(terms, " + ", depth)
+        case {"rule": str(rule), "terms": [*terms], "options": {**given}} if depth < DEEPEST:
+            said = "".join(f"; {key} {value}" for key, value in list(given.items())[:8])
+            return f"{rule}({_terms(terms, ', ', depth)}{said})"
+        case {"rule": "difference", "base": {"model": str(base)}, "tuned": {"model": str(tuned)}}:
+            return f"{tuned} - {base}"
         case _:
             return "…"
+
+
+def _terms(terms: list[Any], between: str, depth: int) -> str:
+    shown = [f"{t.get('weight')} * {_term(t, depth)}" for t in terms[:8] if isinstance(t, dict)]
+    return between.join([*shown, *([f"{len(terms) - 8} more"] if len(terms) > 8 else [])])
 
 
 def _term(term: dict[str, Any], depth: int) -> str:
@@ -148,5 +156,7 @@ def _term(term: dict[str, Any], depth: int) -> str:
         case {"rule": "truncate", "of": of}:
             how = ", ".join(f"{key} {term[key]}" for key in ("rank", "max_error", "budget") if key in term)
             return f"truncated({_formula(of, depth + 1)}; {how})"
+        case {"rule": str(), "options": {}}:
+            return _formula(term, depth + 1)
         case _:
             return "an adapter"

@@ -28,12 +28,15 @@ OPTIONS = (
     click.option(
         "--into", metavar="BASE", type=click.Path(path_type=Path), help="Fold into this model: OUT is a model."
     ),
-    click.option("--at", metavar="GLOB=W...", multiple=True, help="With --into: other weights for some modules."),
+    click.option("--at", metavar="GLOB=W...", multiple=True, help="With --into: other weights for some modules, one an adapter."),
     click.option("--stochastic", metavar="SEED", type=int, help="With --into: round at random, right on average."),
     click.option("--link", is_flag=True, help="With --into: link files that do not change."),
     click.option("--resume", is_flag=True, help="With --into: go on with what an interrupted run left."),
     click.option("--executor", metavar="URL", help="With --into: fold on a cluster, dask://HOST:PORT."),
 )
+
+
+NAMES = ("into", "at", "stochastic", "link", "resume", "executor")
 
 
 def into_options(command: Any) -> Any:
@@ -43,13 +46,14 @@ def into_options(command: Any) -> Any:
     return command
 
 
+def taken(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of `--into`, taken out of all that were given."""
+    return {name: given.pop(name) for name in NAMES}
+
+
 def refuse_alone(given: Mapping[str, Any]) -> None:
     """Options of `--into` without it are wrong usage."""
-    named = [
-        f"--{name}"
-        for name in ("at", "stochastic", "link", "resume", "executor")
-        if given[name] is not None and given[name] is not False and given[name] != ()  # a seed may be 0
-    ]
+    named = [f"--{name}" for name in NAMES[1:] if not (given[name] is None or given[name] is False or given[name] == ())]
     if named:
         raise click.UsageError(f"{named[0]} is for --into BASE")
 

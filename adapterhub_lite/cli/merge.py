@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .. import adapter, options
 from ..adapter import load
-from ..errors import nearest, printable
-from .into import into_options, merge_into, refuse_alone
+from ..errors import ConfigError, nearest, printable
+from .into import into_options, merge_into, refuse_alone, taken
 from .output import Size, print_json, progress, size, table
+from .rule_options import WithRule, rule_of
 
 if TYPE_CHECKING:
+    from ..adapter import Adapter
     from ..plan import Plan
+    from ..rule import Rule
     from ..save import RelativeError
 
+T = TypeVar("T")
 ONE_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+|inf|nan)(e[-+]?\d+)?,?", re.I)
 NUMBERS = re.compile(rf"{ONE_NUMBER.pattern[:-2]}(,{ONE_NUMBER.pattern[:-2]})*,?", re.I)
 DTYPES = {
     "float32": "F32", "fp32": "F32", "float64": "F64", "fp64": "F64",
     "float16": "F16", "fp16": "F16", "bfloat16": "BF16", "bf16": "BF16",
 }  # fmt: skip
-DEFAULT_WEIGHTS = "weights: 1/{} each (say --weights to choose)"
+DEFAULT_WEIGHTS = "weights: {} each (say --weights to choose)"
 WORST = 10  # modules shown unless --verbose
 
 
-class WithWeights(click.Command):
+class WithWeights(WithRule):
     """Lets `--weights` take the numbers that follow it: `0.7 0.3`, `0.7,0.3`, `1 -0.5`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -78,11 +83,16 @@ def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.command(cls=WithWeights)
 @click.argument("refs", metavar="REF...", nargs=-1, required=True)
 @click.option(
-    "-w", "--weights", metavar="W...", callback=parse_weights, help="One number each: 0.7 0.3 or 0.7,0.3. Default 1/N."
+    "-w",
+    "--weights",
+    metavar="W...",
+    callback=parse_weights,
+    help="One number each: 0.7 0.3 or 0.7,0.3. Default 1/N, or what the rule wants.",
 )
 @click.option(
     "-o", "--out", metavar="OUT", required=False, type=click.Path(path_type=Path), help="The folder to write."
 )
+@click.option("--rule", metavar="NAME", help="How to merge, with options of its own: `adapter rules` lists them.")
 @click.option("--rank", type=click.IntRange(min=1), help="Truncate to this rank at every site, optimally.")
 @click.option(
     "--max-error",
@@ -108,6 +118,7 @@ def merge(
     refs: tuple[str, ...],
     weights: list[float] | None,
     out: Path | None,
+    rule: str | None,
     rank: int | None,
     max_error: float | None,
     budget: int | None,
@@ -122,56 +133,60 @@ def merge(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Merge adapters into one: ΔW = Σ wᵢ ΔWᵢ, exactly.
+    """Merge adapters into one: ΔW = Σ wᵢ ΔWᵢ, exactly, or by another --rule.
 
     Ranks, alphas, target modules and dtypes may differ. The result is a LoRA of the summed ranks, or with
-    --rank, --max-error or --budget the nearest one that is smaller; what was lost is printed and stored.
+    --rank, --max-error or --budget the nearest one that is smaller; what was lost is printed and stored. Rules that
+    give changes of full rank need one of these. With --rule NAME, --help shows the rule's options too.
 
     \b
     adapter merge sql french --weights 0.7 0.3 -o both
     adapter merge sql french --weights 1 -0.5 --rank 16 -o less-french
+    adapter merge sql french --rule ties --density 0.3 --rank 32 -o voted
 
     With --into the sum is folded into the weights of a model, file by file, and OUT is a complete model:
 
     \b
     adapter merge sql french --weights 0.7 0.3 --into base-7b -o model
     """
+    into = taken(given)  # what is left of `given` are the rule's options
     if out is None and not dry_run:
         raise click.UsageError("no output: give -o OUT, or --dry-run to see the plan")
     if sum(x is not None for x in (rank, max_error, budget)) > 1:
         raise click.UsageError("--rank, --max-error and --budget exclude each other")
     if weights is not None and len(weights) != len(refs):
         raise click.UsageError(f"{len(weights)} weights for {len(refs)} adapters: give one for each")
-    spoken = weights is None and len(refs) > 1 and not quiet
-    weights = weights or [1 / len(refs)] * len(refs)
+    chosen = _usage(lambda: rule_of(rule, given))
+    spoken = weights is None and len(refs) > 1 and not quiet and (chosen is None or chosen.weighs != "equal")
+    weights = weights or [chosen.default_weight(len(refs)) if chosen else 1 / len(refs)] * len(refs)
+    said = DEFAULT_WEIGHTS.format("1" if weights[0] == 1 else f"1/{len(refs)}")
     if keep is not None and keep not in (*refs, "none"):
         raise click.UsageError(f"--keep {keep!r} is none of the adapters; {nearest(keep, refs)}")
-    terms = [w * load(ref) for w, ref in zip(weights, refs, strict=True)]
-    whole = sum(terms[1:], terms[0])
-    merged = whole.cut(rank=rank, max_error=max_error, budget=budget, dtype=dtype)
-    if given["into"] is not None:
+    loaded = [load(ref) for ref in refs]
+    merged = _whole(loaded, weights, chosen).cut(rank=rank, max_error=max_error, budget=budget, dtype=dtype)
+    if into["into"] is not None:
         if dtype is not None:
             raise click.UsageError("--dtype is for adapters: a model's weights keep theirs")
         if report is not None:
             raise click.UsageError("--report is about merged adapters; with --into, say -v to see every module")
-        if spoken:
-            click.echo(DEFAULT_WEIGHTS.format(len(refs)), err=True)
         merge_into(
-            merged, refs, weights, given, out=out, keep=keep, any_base=any_base, dry_run=dry_run, force=force,
+            merged, refs, weights, into, out=out, keep=keep, any_base=any_base, dry_run=dry_run, force=force,
             as_json=as_json, verbose=verbose, quiet=quiet,
         )  # fmt: skip
+        if spoken:
+            click.echo(said, err=True)
         return
-    refuse_alone(given)
+    refuse_alone(into)
     if report is not None:
         _check_report(report, refs, out, dry_run)
     if dry_run:
         planned = merged.plan(dtype=dtype, any_base=any_base, keep=keep)
         if spoken:
-            click.echo(DEFAULT_WEIGHTS.format(len(refs)), err=True)
+            click.echo(said, err=True)
         if as_json:
-            print_json({"dry_run": True, **_report(planned, refs, weights)})
+            print_json({"dry_run": True, **_report(planned, refs, weights, chosen)})
         elif not quiet:
-            click.echo(_summary(planned, "would write", out))
+            click.echo(summary(planned, "would write", out))
             if out is not None and os.path.lexists(out) and not force:
                 click.echo(f"but {out} exists: choose another -o or pass --force", err=True)
         return
@@ -186,12 +201,12 @@ def merge(
                 found, shown = merge_page.compared(out, refs, weights, step)
             file.write_text(merge_page.page(found, shown, planned, error, len(refs)), encoding="utf-8")
     if spoken:
-        click.echo(DEFAULT_WEIGHTS.format(len(refs)), err=True)
+        click.echo(said, err=True)
     if as_json:
-        print_json({"out": str(out), **_report(planned, refs, weights, error)})
+        print_json({"out": str(out), **_report(planned, refs, weights, chosen, error)})
     elif not quiet:
-        click.echo(_summary(planned, "wrote", out))
-        click.echo(_errors(planned, error, verbose))
+        click.echo(summary(planned, "wrote", out))
+        click.echo(errors(planned, error, verbose))
         if report is not None:
             click.echo(f"wrote {printable(str(report))}")
 
@@ -218,15 +233,43 @@ def _page(report: Path | None, force: bool) -> AbstractContextManager[Path | Non
     return staged_page(report, force=force)
 
 
+def _usage(make: Callable[[], T]) -> T:
+    """What `make` gives; options that it refuses are wrong usage."""
+    try:
+        return make()
+    except ConfigError as e:
+        raise click.UsageError(str(e)) from None
+
+
+def _whole(adapters: Sequence[Adapter], weights: Sequence[float], rule: Rule | None) -> Adapter:
+    """What is to be written, but for truncation."""
+    if rule is not None:
+        return _usage(lambda: adapter.merge(adapters, rule, weights=weights))
+    terms = [w * one for w, one in zip(weights, adapters, strict=True)]
+    return sum(terms[1:], terms[0])
+
+
 def _report(
-    planned: Plan, refs: Sequence[str], weights: Sequence[float], error: RelativeError | None = None
+    planned: Plan,
+    refs: Sequence[str],
+    weights: Sequence[float],
+    rule: Rule | None,
+    error: RelativeError | None = None,
 ) -> dict[str, Any]:
+    return {
+        "adapters": [{"ref": ref, "weight": w} for ref, w in zip(refs, weights, strict=True)],
+        "rule": None if rule is None else {"name": rule.name, "options": options.plain(rule)},
+        **report(planned, error),
+    }
+
+
+def report(planned: Plan, error: RelativeError | None = None) -> dict[str, Any]:
+    """What was written, or would be, JSON-able."""
     shapes = {name: part.shape for name, part in planned.contents.sites.items()}
     modules: dict[str, dict[str, Any]] = {
         name: {"rank": planned.ranks.get(name), "shape": list(shape)} for name, shape in shapes.items()
     }
-    report: dict[str, Any] = {
-        "adapters": [{"ref": ref, "weight": w} for ref, w in zip(refs, weights, strict=True)],
+    found: dict[str, Any] = {
         "method": planned.contents.method.name,
         "base_model": planned.contents.base,
         "dtype": planned.dtype,
@@ -236,13 +279,14 @@ def _report(
     }
     if error is not None:
         plain = error.plain()
-        report["error"], report["error_of"] = plain["overall"], error.of
+        found["error"], found["error_of"] = plain["overall"], error.of
         for name, own in plain["modules"].items():
             modules.setdefault(name, {"rank": 0})["error"] = own
-    return report
+    return found
 
 
-def _summary(planned: Plan, did: str, out: Path | None) -> str:
+def summary(planned: Plan, did: str, out: Path | None) -> str:
+    """One line on what it is."""
     said = [planned.contents.method.name, *_span(planned), f"{len(planned.contents.sites)} modules", planned.dtype]
     lines = [f"{did} {out or 'an adapter'}: {', '.join(said)}, {size(planned.nbytes)}"]
     if planned.contents.kept:
@@ -257,7 +301,8 @@ def _span(planned: Plan) -> list[str]:
     return [f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"]
 
 
-def _errors(planned: Plan, error: RelativeError, verbose: bool) -> str:
+def errors(planned: Plan, error: RelativeError, verbose: bool) -> str:
+    """The error overall, and of the modules where it is largest."""
     if error.of == "delta":
         what = f"Frobenius norm of ΔW, with the rounding to {planned.dtype}"
     else:

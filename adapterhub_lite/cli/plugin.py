@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .. import options
-from ..errors import AdapterError, ConfigError, PluginError, printable
+from ..errors import AdapterError, ConfigError, PluginError, UnknownName, printable
 from ..registry import registry
 from .output import print_json
 from .scaffold import new
@@ -15,6 +15,7 @@ from .scaffold import new
 if TYPE_CHECKING:
     from ..protocol import Method
     from ..registry import Plugin
+    from ..rule import Rule
 
 
 @click.group()
@@ -29,14 +30,15 @@ plugin.add_command(new)
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def check(name: str, as_json: bool) -> int:
-    """Check that the method NAME keeps the promises of every method.
+    """Check that the method or merge rule NAME keeps the promises of every one.
 
-    It is tried with its default options on layers of every kind that it claims. For other options, and for failures
+    It is tried with its default options: a method on layers of every kind that it claims, a rule on small adapters.
+    Where both have the name, rule.NAME is the rule. For other options, and for failures
     that are expected, write a test with adapterhub_lite.testing.parametrize_checks. Exit code: 0 if all checks pass,
-    1 if one fails, 2 if there is no such method or it cannot be loaded.
+    1 if one fails, 2 if there is no such method or rule or it cannot be loaded.
     """
     try:
-        method, origin = _load(name)
+        kind, method, origin = _load(name)
     except AdapterError as error:
         click.echo(f"adapter: {error}", err=True)
         return 2
@@ -57,7 +59,7 @@ def check(name: str, as_json: bool) -> int:
     if as_json:
         print_json(
             {
-                "method": name,
+                kind: method.name,
                 "options": options.plain(method),
                 "plugin": vars(origin),
                 "passed": not failed,
@@ -70,10 +72,11 @@ def check(name: str, as_json: bool) -> int:
     return 1 if failed else 0
 
 
-def _load(name: str) -> tuple[Method, Plugin]:
-    """The method with its default options, and the plugin that gives it. Raises `AdapterError`."""
-    cls = registry().method(name)
-    origin = next(p for p in registry().plugins() if f"method {name}" in p.gives)
+def _load(name: str) -> tuple[str, Method | Rule, Plugin]:
+    """The method or rule with its default options, which it is, and the plugin that gives it. Raises `AdapterError`."""
+    kind, cls = _found(name)
+    name = cls.name
+    origin = next(p for p in registry().plugins() if f"{kind} {name}" in p.gives)
     try:
         method = cls()
         options.plain(method)
@@ -81,8 +84,21 @@ def _load(name: str) -> tuple[Method, Plugin]:
         raise
     except Exception as error:
         raise PluginError(
-            f"method {name!r} cannot be made with its default options: {type(error).__name__}: {error}",
+            f"{kind} {name!r} cannot be made with its default options: {type(error).__name__}: {error}",
             where=origin.origin,
             fix="give every option a default, or check it in a test with parametrize_checks",
         ) from error
-    return method, origin
+    return kind, method, origin
+
+
+def _found(name: str) -> tuple[str, type[Method] | type[Rule]]:
+    if name.startswith("rule."):
+        return "rule", registry().rule(name.removeprefix("rule."))
+    try:
+        return "method", registry().method(name)
+    except UnknownName as unknown:
+        try:
+            return "rule", registry().rule(name)
+        except UnknownName as no_rule:
+            what = f"there is no method or rule {name!r}"
+            raise UnknownName(what, fix=f"methods: {unknown.fix}; rules: {no_rule.fix}") from None

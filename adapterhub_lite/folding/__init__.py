@@ -187,6 +187,8 @@ class _Run:
         for name, layer in plan.layers.items():
             for part in layer.parts:
                 places[part.term][part.site] = sites[name]
+        for source in plan.sources:
+            source.prepare()
         terms = [settled(source, own) for source, own in zip(plan.sources, places, strict=True)]
 
         def make(shard: Shard, local: bool) -> Job:

@@ -40,10 +40,8 @@ def check_base(plan: Plan, sites: Mapping[str, Site]) -> None:
 def _values(info: TensorInfo, site: Site) -> list[float]:
     """The values of a weight that its sketch has, each read by itself."""
     out, into = site.shape
-    return [
-        float(f"{_value(info, j * out + i if site.by_inputs else i * into + j):.4g}")
-        for i, j in sketch.places(out, into)
-    ]
+    at = [j * out + i if site.by_inputs else i * into + j for i, j in sketch.places(out, into)]
+    return sketch.rounded([_value(info, place) for place in at])
 
 
 def _value(info: TensorInfo, at: int) -> float:

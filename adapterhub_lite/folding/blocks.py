@@ -19,7 +19,7 @@ from ..site import Site
 from ..source import Single, Source
 from .places import Layer, gives_delta
 
-BLOCK = 1 << 18  # numbers of a weight in work at once: the random numbers of stochastic rounding depend on it too
+BLOCK = 1 << 17  # numbers of a weight in work at once: the random numbers of stochastic rounding depend on it too
 EVERY = 16  # blocks, of which one is measured
 
 

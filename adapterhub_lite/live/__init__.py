@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .. import compose
 from ..adapter import Adapter, load
-from ..errors import ConfigError, UnknownName, nearest
+from ..compose import Composition, Gate, Node
+from ..errors import AdapterError, ConfigError, UnknownName, nearest
 from ..protocol import Method
 from ..seed import generator
 from ..sharding import sharded
-from .files import held, read
+from ..site import Site
+from ..source import read as read_tensor
+from . import folder
+from .batches import Plans, batch
+from .files import check_base, held, read
+from .gating import GatePart
 from .kept import Kept
 from .merging import merge, unmerge
+from .program import program, refuse, wrapping
 from .summary import Summary, summary
 from .targets import select
 from .training import param_groups, penalty, register
 from .tree import (
+    STATE,
+    Around,
     Common,
     Commons,
     Part,
     Slot,
     State,
-    Step,
     attach,
     common_of,
     detach,
@@ -77,8 +85,18 @@ class Adapters:
 
     @property
     def active(self) -> dict[str, float]:
-        """Those that are on, with their weights."""
-        return dict(self._state.active)
+        """Those that are on, with their weights; with 1 each in a composition that is more than a weighted sum."""
+        return self._state.active
+
+    @property
+    def composition(self) -> Node:
+        """What is on, as a tree."""
+        return self._state.composition
+
+    @property
+    def gates(self) -> dict[str, Gate]:
+        """All gates on the model, by name."""
+        return dict(self._state.gates)
 
     def __repr__(self) -> str:
         names = ", ".join(f"{name} ({self.active[name]:g})" if name in self.active else name for name in self.names)
@@ -146,6 +164,55 @@ class Adapters:
             self._refuse_merged(f"save {name!r}, whose method reads the weights,")
         return Adapter(((1.0, held(self.model, name)),)).save(out, dtype=dtype, force=force)
 
+    def save_composition(self, out: str | Path, *, force: bool = False) -> None:
+        """Write what is active to the folder `out`: the tree, the gates, and each adapter in it in a folder of its own.
+
+        The folder appears whole or not at all; `force` replaces a composition that is there. On a sharded model every
+        process must call it.
+        """
+        self._refuse_merged("save a composition")
+        folder.save(self.model, Path(out), force=force)
+
+    def load_composition(self, ref: str | Path, *, any_base: bool = False) -> Node:
+        """Load the adapters and gates in a folder by `save_composition`, activate its tree, and return that.
+
+        They keep their names, which the model must not have. Strict as `load` is, and nothing is changed if anything
+        is wrong.
+        """
+        self._refuse_merged("load a composition")
+        at = Path(ref)
+        saved = folder.read(at)
+        names, gates = compose.names(saved.tree), compose.gates(saved.tree)
+        for name in (*names, *(gate.name for gate in gates)):
+            self._check_new(name)
+        found = {}
+        for name in names:
+            own = at / folder.ADAPTERS / name
+            found[name] = read(self.model, load(own), own, any_base=any_base)
+        parts = [part for _, own_parts, _ in found.values() for part in own_parts]
+        if not any_base:
+            check_base(saved.base, {part.site.name: part.site for part in parts}, at)
+        gating = folder.gate_parts(saved, parts, at, read_tensor)
+        former, frozen = self.composition, STATE in self.model.__dict__
+        try:
+            for name, (method, own_parts, common) in found.items():
+                self._attach(name, method, own_parts, common)
+            here = {slot.site.name: slot for _, slot in slots(self.model)}
+            for name, gate in gating:
+                gate.requires_grad_(False)
+                here[gate.site.name].add_module(name, gate)
+            self._state.gates.update((gate.name, gate) for gate in gates)
+            self.activate(saved.tree)
+        except AdapterError:
+            self.activate(former)
+            for name in [*(gate.name for gate in gates), *names]:
+                if name in self.names or name in self.gates:
+                    self.remove(name)
+            if frozen:
+                freeze(self.model)
+            raise
+        return saved.tree
+
     def base_state_dict(self) -> dict[str, Tensor]:
         """The model's state dict without what adapters put there, for `model.save_pretrained(out, state_dict=…)`.
 
@@ -154,41 +221,81 @@ class Adapters:
         names = {f"{name}." for name, module in self.model.named_modules() if isinstance(module, (Slot, Commons))}
         return {key: t for key, t in self.model.state_dict().items() if not key.startswith(tuple(names))}
 
+    def add_gate(
+        self,
+        name: str,
+        of: str | Sequence[str],
+        *,
+        per: Literal["sample", "token"] = "sample",
+        reads: Literal["input", "output"] = "input",
+        outputs: int = 1,
+        seed: int = 0,
+    ) -> Gate:
+        """A new gate at every layer of the adapters `of`: a weight that is trained, for `gate * ah.use("a")`.
+
+        It gives σ(W h + b), where h is the layer's input, or what comes out of it before the term (`reads`): for each
+        token, or by default its mean over the tokens of a sample. With several `outputs`, a softmax, it is for
+        `ah.route`. W begins small and random, by `seed` and the layer's name, b at zero. It is trained while it is on.
+        """
+        self._refuse_merged("add a gate")
+        self._check_new(name)
+        gate = Gate(name, per, reads, outputs)
+        for own in _words(of):
+            self._known(own)
+        here = [slot for _, slot in slots(self.model) if slot.parts.keys() & set(_words(of))]
+        made = [GatePart(gate, slot.site, seed) for slot in here]
+        for slot, part in zip(here, made, strict=True):
+            part.requires_grad_(False)
+            slot.add_module(name, part)
+        self._state.gates[name] = gate
+        return gate
+
     def remove(self, name: str) -> None:
-        """Take adapter `name` off. When none is left, the model is as it was: hooks, names and what is trainable."""
+        """Take adapter or gate `name` off. Without adapters the model is as it was: hooks, names, what is trainable.
+
+        A gate that is on cannot be removed.
+        """
         self._refuse_merged("remove an adapter")
-        self._known(name)
+        state = self._state
+        if name in state.gates:
+            if state.gates[name] in compose.gates(state.composition):
+                raise ConfigError(f"the gate {name!r} is on", fix="activate something else first")
+        else:
+            self._known(name)
+            state.composition = _left(state.composition, state.methods.keys() - {name})
         for module, slot in slots(self.model):
             detach(module, slot, name)
         unshare(self.model, name)
-        state = self._state
-        del state.methods[name]
-        self._switch({other: weight for other, weight in state.active.items() if other != name})
+        state.methods.pop(name, None)
+        left = {own for _, slot in slots(self.model) for own in slot.gates}
+        state.gates = {own: gate for own, gate in state.gates.items() if own in left}
+        self._switch(state.composition)
         if not state.methods:
             thaw(self.model)
 
     # Switching ----------------------------------------------------------------------------------------
 
-    def activate(self, which: str | Mapping[str, float] | None) -> None:
-        """Switch to one adapter, to a weighted sum of several, or to the base alone (None).
+    def activate(self, which: Composition | Sequence[Composition]) -> None:
+        """Switch to one adapter, to a weighted sum of several, to another composition, or to the base alone (None).
 
-        Only active adapters get gradients. With weights w a layer gives y + Σ wᵢ (yᵢ − y), where y is the base's
-        output and yᵢ that with the i-th adapter.
+        Only what is active gets gradients. With weights w a layer gives y + Σ wᵢ (yᵢ − y), where y is the base's
+        output and yᵢ that with the i-th adapter. A composition is a tree, `0.7 * ah.use("a") + ah.chain("b", "c")`;
+        one that cannot be computed is refused now. A list gives each row of the batch a composition of its own.
         """
         self._refuse_merged("activate another adapter")
-        weights = self._weights(which)
-        self._refuse_together(weights)
-        self._switch(weights)
+        node = compose.tree(which)
+        self._check(node)
+        self._switch(node)
 
     @contextmanager
-    def using(self, which: str | Mapping[str, float] | None) -> Iterator[Adapters]:
+    def using(self, which: Composition | Sequence[Composition]) -> Iterator[Adapters]:
         """As `activate`, within a `with` statement; behind it the former adapters are active again."""
-        former = self.active
+        former = self.composition
         self.activate(which)
         try:
             yield self
         finally:
-            self.activate({name: weight for name, weight in former.items() if name in self.names})
+            self.activate(_left(former, self.names))
 
     @contextmanager
     def inference(self) -> Iterator[Adapters]:
@@ -236,7 +343,7 @@ class Adapters:
             raise ConfigError("nothing is merged, so there is nothing to undo")
         unmerge(self.model)
         self._state.merged = False
-        self._switch(self._state.active)
+        self._switch(self._state.composition)
 
     # Training ---------------------------------------------------------------------------------------------
 
@@ -287,40 +394,42 @@ class Adapters:
             attach(part, name)
         settle(self.model)
         state.methods[name] = method
-        self._switch(state.active if len(state.methods) > 1 else {name: 1.0})
+        self._switch(state.composition if len(state.methods) > 1 else compose.use(name))
 
-    def _switch(self, active: Mapping[str, float]) -> None:
+    def _switch(self, composition: Node) -> None:
+        self._state.composition = composition
+        on, gates = self._state.active, {gate.name for gate in compose.gates(composition)}
+        plans: Plans = {}
         for _, slot in slots(self.model):
-            steps = tuple(Step(slot.parts[name], w) for name, w in active.items() if name in slot.parts)
-            slot.around = next((step for step in steps if step.part.method.wraps_call), None)
-            slot.steps = steps if slot.around is None else ()
-            for name, part in slot.parts.items():
+            parts, own_gates = slot.parts, slot.gates
+            node = compose.reduced(composition, parts)
+            slot.program, slot.around = None, None
+            if wrapping(node, parts):
+                (name,), gated = compose.names(node), compose.gates(node)
+                slot.around = Around(parts[name], own_gates[gated[0].name] if gated else None)
+            elif isinstance(node, compose.Rows):
+                slot.program = batch(node, parts, own_gates, plans)
+            elif not isinstance(node, compose.Base):
+                slot.program = program(node, parts, own_gates)
+            for name, part in parts.items():
                 for tensor in part.trained:
-                    part.get_parameter(tensor).requires_grad_(name in active)
-        self._state.active = dict(active)
+                    part.get_parameter(tensor).requires_grad_(name in on)
+            for name, gate in own_gates.items():
+                gate.requires_grad_(name in gates)
 
-    def _weights(self, which: str | Mapping[str, float] | None) -> dict[str, float]:
-        weights = {which: 1.0} if isinstance(which, str) else dict(which or {})
-        for name, weight in weights.items():
+    def _check(self, composition: Node) -> None:
+        """Raise for what is not there, and for what cannot be computed at some layer."""
+        for name in compose.names(composition):
             self._known(name)
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise ConfigError(f"the weight {weight!r} of {name!r} is not a finite number")
-        return {name: float(weight) for name, weight in weights.items() if weight != 0}
-
-    def _refuse_together(self, weights: Mapping[str, float]) -> None:
-        """Raise for an adapter that wraps the call of its layers and is not alone there, or is weighed."""
+        for gate in compose.gates(composition):
+            known = self._state.gates.get(gate.name)
+            if known is None:
+                raise UnknownName(f"there is no gate {gate.name!r} on the model", fix=nearest(gate.name, self.gates))
+            if known != gate:
+                raise ConfigError(f"the gate {gate.name!r} on the model is {known}", fix="give it as add_gate did")
         for _, slot in slots(self.model):
-            here = [name for name in weights if name in slot.parts]
-            for name in here:
-                part = slot.parts[name]
-                if part.method.wraps_call and (len(here) > 1 or weights[name] != 1.0):
-                    other = next((other for other in here if other != name), None)
-                    raise ConfigError(
-                        f"{name!r} wraps the call of the layer (method {part.method.name!r}), so it cannot "
-                        + (f"have the weight {weights[name]:g}" if other is None else f"be on beside {other!r}"),
-                        where=part.site.name,
-                        fix="activate it alone, with weight 1",
-                    )
+            parts = slot.parts
+            refuse(compose.reduced(composition, parts), parts, slot.gates)
 
     def _known(self, name: str) -> Method:
         methods = self._state.methods
@@ -329,9 +438,10 @@ class Adapters:
         return methods[name]
 
     def _check_new(self, name: str) -> None:
-        if name in self._state.methods:
-            raise ConfigError(f"there is an adapter {name!r} already", fix="give another name, or remove that one")
-        if not name or "." in name or hasattr(Slot(), name):
+        if name in self._state.methods or name in self._state.gates:
+            what = "a gate" if name in self._state.gates else "an adapter"
+            raise ConfigError(f"there is {what} {name!r} already", fix="give another name, or remove that one")
+        if not name or "." in name or hasattr(Slot(Site("", ())), name):
             raise ConfigError(
                 f"an adapter cannot be called {name!r}, for it becomes a submodule",
                 fix="give a name without dots that is no attribute of torch modules",
@@ -340,6 +450,11 @@ class Adapters:
     def _refuse_merged(self, what: str) -> None:
         if self._state.merged:
             raise ConfigError(f"cannot {what} while adapters are merged into the weights", fix="unmerge first")
+
+
+def _left(composition: Node, names: Collection[str]) -> Node:
+    """What is left of it without the adapters that are none of these."""
+    return composition if set(compose.names(composition)) <= set(names) else compose.reduced(composition, names)
 
 
 def _words(words: str | Iterable[str]) -> Sequence[str]:

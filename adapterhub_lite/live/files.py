@@ -43,7 +43,7 @@ def read(model: nn.Module, value: Adapter, ref: object, *, any_base: bool) -> tu
     sites = _sites(model, contents, ref)
     if not any_base:
         for own in value.source.contents.values():
-            _check_base(own, sites, ref)
+            check_base(sketch.told(own.facts), sites, ref)
     method = contents.method
     common = None if single is None else common_of(single.shared_at(sites), list(sites.values()))
     names: dict[str, list[str]] = {}
@@ -67,19 +67,19 @@ def held(model: nn.Module, name: str) -> Held:
         {site: Params({key: whole(t) for key, t in part.own().items()}) for site, part in parts.items()},
         shared={} if common is None else {key: whole(t) for key, t in common.tensors().items()},
         base=_base_name(model),
-        facts={"base": sketch.of({site: _original(parts[site].site) for site in sketch.sampled(list(parts))})},
+        facts={"base": sketch.of({site: original(parts[site].site) for site in sketch.sampled(list(parts))})},
     )
 
 
-def _original(site: Site) -> Tensor:
+def original(site: Site) -> Tensor:
     """The values that the adapters were made for, a matrix, also while some are merged into it."""
     slot = cast("Slot", cast("nn.Module", site.module)._modules[SLOT])
     weight = slot.originals.get("weight")
     return site.sample if weight is None else site.unfold(weight)
 
 
-def _check_base(contents: Contents, sites: Mapping[str, Site], ref: object) -> None:
-    told = sketch.told(contents.facts)
+def check_base(told: sketch.Sketch, sites: Mapping[str, Site], ref: object) -> None:
+    """Raise `FileError` if these sites are not of the base that was told of."""
     other = sketch.differing(told, sketch.of({name: sites[name].sample for name in told if name in sites}))
     if other is not None:
         raise FileError(

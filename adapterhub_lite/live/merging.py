@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import rounding
 from ..errors import NotMergeable
 from ..protocol import Params
 from ..site import Site
-from .tree import SLOT, Part, Slot, Step, base_modules, slots
+from .batches import Batch
+from .program import Added, Leaf, Program, Routed
+from .tree import SLOT, Part, Slot, base_modules, slots
 
 
 @torch.no_grad()
@@ -30,9 +33,9 @@ def merge(model: nn.Module) -> None:
                 where=part.site.name,
                 fix="leave the adapter unmerged",
             )
-        if slot.steps:
-            site = slot.steps[0].part.site
-            matrices = _matrices(site, slot.steps)
+        if slot.program is not None:
+            site = slot.site
+            matrices = _matrices(site, slot.program)
             stand_in = site.stand_in(matrices["weight"], matrices.get("bias", site.bias))
             if stand_in is not None:
                 stand_ins.append((slot, stand_in))
@@ -56,16 +59,16 @@ def merge(model: nn.Module) -> None:
             else:
                 slot.originals[key] = parameter.data
                 parameter.data = new
-        slot.steps = ()
+        slot.program = None
     for slot, layer in stand_ins:
         slot.__dict__["replaced"] = _swap(model, slot, layer)
         layer.add_module(SLOT, slot)
-        slot.steps = ()
+        slot.program = None
 
 
 def _swap(model: nn.Module, slot: Slot, layer: nn.Module) -> nn.Module:
     """Put `layer` where the slot's own layer is, or stood; what was there."""
-    parent, _, own = next(iter(slot.parts.values())).site.name.rpartition(".")
+    parent, _, own = slot.site.name.rpartition(".")
     holder = model.get_submodule(parent)
     former: nn.Module = holder.get_submodule(own)
     setattr(holder, own, layer)
@@ -87,21 +90,67 @@ def unmerge(model: nn.Module) -> None:
             slot.__dict__["replaced"] = None
 
 
-def _matrices(site: Site, steps: Sequence[Step]) -> dict[str, Tensor]:
-    """Weight (out, in) and bias (out,) of the plain layer, before rounding; only what changes.
+class Affine(NamedTuple):
+    """A layer's matrix (out, in) and bias (out,), before rounding."""
 
-    For weights w the merged one is W + Σ wᵢ (Wᵢ − W).
-    """
-    dtype = torch.float64 if site.weight.dtype in (torch.float32, torch.float64) else torch.float32
-    W, b = site.weight.to(dtype), None if site.bias is None else site.bias.to(dtype)
-    zero = W.new_zeros(len(W)) if b is None else b
-    new_W, new_b = W, b
-    for part, weight in steps:
-        W_i, b_i = part.method.merge(_promoted(part, dtype), W, b, site)
-        new_W = W_i if len(steps) == 1 and weight == 1.0 else new_W + weight * (W_i - W)
-        if b_i is not None and b_i is not b:
-            new_b = (zero if new_b is None else new_b) + weight * (b_i - zero)
-    return {"weight": new_W} if new_b is b or new_b is None else {"weight": new_W, "bias": new_b}
+    W: Tensor
+    b: Tensor | None
+
+    def plus(self, weight: float, new: Affine, old: Affine) -> Affine:
+        """With w (new − old) more."""
+        if new.b is old.b or new.b is None:
+            return Affine(self.W + weight * (new.W - old.W), self.b)
+        zero = new.W.new_zeros(len(new.W))
+        mine, former = (zero if b is None else b for b in (self.b, old.b))
+        return Affine(self.W + weight * (new.W - old.W), mine + weight * (new.b - former))
+
+
+def _matrices(site: Site, program: Program) -> dict[str, Tensor]:
+    """Weight (out, in) and bias (out,) of the plain layer, before rounding; only what changes."""
+    dtype = torch.float32 if site.weight.device.type == "mps" else torch.float64  # which has none
+    base = Affine(site.weight.to(dtype), None if site.bias is None else site.bias.to(dtype))
+    W, b = _folded(program, base, base)
+    return {"weight": W} if b is base.b or b is None else {"weight": W, "bias": b}
+
+
+def _folded(program: Program, v: Affine, base: Affine) -> Affine:
+    """What the program makes of the layer v: as `run`, with layers in the place of outputs."""
+    if isinstance(program, Leaf):
+        return _adapted(program, v, base)
+    if isinstance(program, Added):
+        total = v
+        for weight, own in program.terms:
+            if not isinstance(weight, float):
+                raise _gated(weight.site, weight.gate.name)
+            total = total.plus(weight, _folded(own, v, base), v)
+        return total
+    if isinstance(program, Routed):
+        raise _gated(program.gate.site, program.gate.gate.name)
+    if isinstance(program, Batch):
+        what = "each row of the batch has a composition of its own, and the weight is one"
+        raise NotMergeable(what, where=program.site.name, fix="activate the composition of one row")
+    for own in program.links:
+        v = _folded(own, v, base)
+    return v
+
+
+def _adapted(leaf: Leaf, v: Affine, base: Affine) -> Affine:
+    part = leaf.part
+    method, p = part.method, _promoted(part, v.W.dtype)
+    if v is base:
+        return Affine(*method.merge(p, v.W, v.b, part.site))
+    if method.reads_weight:
+        raise NotMergeable(
+            f"what a {method.name!r} adapter adds depends on the weight, and in a chain it comes behind another one",
+            where=part.site.name,
+            fix="let it come first, or leave the chain unmerged",
+        )
+    return Affine(*method.merge(p, v.W, v.b, part.site))
+
+
+def _gated(site: Site, name: str) -> NotMergeable:
+    what = f"the gate {name!r} weighs by the input, which no weight can stand for"
+    return NotMergeable(what, where=site.name, fix="leave the composition unmerged")
 
 
 def _promoted(part: Part, dtype: torch.dtype) -> Params:
@@ -114,7 +163,8 @@ def _rounded(site: Site, module: nn.Module, key: str, value: Tensor) -> Tensor:
         raise NotMergeable(f"the adapter changes its {key}, and a {site.kind} has none", where=site.name)
     old = module._parameters[key]  # None: a bias where there was none
     like = value.to(site.weight.dtype) if old is None else old.detach()
-    new = torch.empty_like(like).copy_(site.fold(value) if key == "weight" else value)
+    rounded = rounding.nearest(value, like.dtype) if value.dtype == torch.float64 else value
+    new = torch.empty_like(like).copy_(site.fold(rounded) if key == "weight" else rounded)
     if not new.isfinite().all():
         raise NotMergeable(f"the merged {key} is not finite in {new.dtype}", where=site.name, fix="use a wider dtype")
     return new

@@ -22,7 +22,7 @@ class Summary:
     """Parameters of the base model; tied ones count once."""
     base_bytes: int
     trained: int
-    """Parameters that get gradients: those of active adapters, and what was unfrozen of the base."""
+    """Parameters that get gradients: those of active adapters and gates, and what was unfrozen of the base."""
     trained_bytes: int
     frozen: int
     """Adapter parameters that are not trained now."""
@@ -90,6 +90,7 @@ def summary(model: nn.Module) -> Summary:
         if holder is not None
         for p in holder.parameters()
     }
+    ours.update((id(p), p) for _, slot in slots(model) for gate in slot.gates.values() for p in gate.parameters())
     trained = [p for p in (*base, *ours.values()) if p.requires_grad]
     frozen = [p for p in ours.values() if not p.requires_grad]
     weights = {id(w): w for module, _ in slots(model) for w in _weights(module) if id(w) not in ours}

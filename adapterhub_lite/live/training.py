@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .. import compose
 from ..errors import ConfigError, PluginError
 from .tree import Part, base_modules, slots, state_of
 
@@ -16,7 +17,7 @@ Rule = Literal["before_step", "after_step"]
 
 
 def param_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """The groups of the active adapters, as their methods say, and one for what was unfrozen of the base."""
+    """The groups of the active adapters, as their methods say, of the gates, and of what was unfrozen of the base."""
     groups: list[dict[str, Any]] = []
     for name in state_of(model).active:
         method, params = state_of(model).methods[name], dict[str, list[nn.Parameter]]()
@@ -28,6 +29,10 @@ def param_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
         if given != sorted(id(p) for ps in params.values() for p in ps):
             raise PluginError(f"groups() of method {method.name!r} does not give each parameter exactly once")
         groups += [group for group in own if group["params"]]
+    on = {gate.name for gate in compose.gates(state_of(model).composition)}
+    parts = [gate for _, slot in slots(model) for name, gate in slot.gates.items() if name in on]
+    gates = [p for gate in parts for p in gate.parameters()]
+    groups += [{"params": gates, "lr": lr}] if gates else []
     if not groups:
         raise ConfigError("no active adapter has anything to train", fix="activate one")
     unfrozen = {id(p): p for p in base_parameters(model) if p.requires_grad}
@@ -74,8 +79,8 @@ def penalty(model: nn.Module) -> Tensor:
     """The sum of what the methods of the active adapters add to the loss."""
     found = [
         term
-        for name, weight in state_of(model).active.items()
-        if weight and state_of(model).methods[name].defines("penalty")
+        for name in state_of(model).active
+        if state_of(model).methods[name].defines("penalty")
         for part in parts_of(model, name)
         if (term := part.method.penalty(part.params(), part.site)) is not None
     ]

@@ -1,8 +1,8 @@
 """What adapters put into a model's tree: all state there is, so that copies, pickles and `.to()` see all of it.
 
 An adapted layer has one submodule named `adapters` (a `Slot`) with one submodule for each adapter (a `Part`: its
-tensors there), and a forward hook that reads them. Tensors that all layers share are in a submodule of the model
-that has the same name. What else is true of the whole model lies on the model itself.
+tensors there) and each gate, and a forward hook that reads them. Tensors that all layers share are in a submodule of
+the model that has the same name. What else is true of the whole model lies on the model itself.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .. import compose
 from ..errors import ConfigError
 from ..protocol import Method, Params
 from ..registry import registry
 from ..site import SLOT as SLOT
 from ..site import Site
+from .gating import GatePart
 from .kept import Kept
+from .program import Call, Leaf
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
+
+    from .program import Program
 
 STATE = "_adapters_state"  # the attribute of the model
 
@@ -59,8 +64,13 @@ class Part(nn.Module):
         own = cast("dict[str, Tensor]", self._parameters)
         return Params(own if self.common is None else {**self.common.tensors(), **own}, self.kept)
 
-    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return self.method.before(self.params(), args, kwargs, self.site)
+    def before(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], gate: GatePart | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        p = self.params()
+        if gate is not None:
+            p = Params(self.method.weighed(p, gate.of_samples(first(args, kwargs)), self.site))
+        return self.method.before(p, args, kwargs, self.site)
 
     def after(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         return self.method.after(self.params(), args, kwargs, out, self.site)
@@ -111,20 +121,21 @@ def _place(holder: nn.Module, tensors: Mapping[str, Tensor], like: Tensor) -> No
         holder.register_parameter(name, nn.Parameter(own, requires_grad=False))
 
 
-class Step(NamedTuple):
-    """An adapter that is on at a site."""
+class Around(NamedTuple):
+    """The one adapter that is on at a site and wraps the call."""
 
     part: Part
-    weight: float
+    gate: GatePart | None
 
 
 class Slot(nn.Module):
     """The adapters at one site, and which of them are on."""
 
-    def __init__(self) -> None:
+    def __init__(self, site: Site) -> None:
         super().__init__()
-        self.steps: tuple[Step, ...] = ()
-        self.around: Step | None = None  # instead of those: the one adapter that is on and wraps the call
+        self.site = site
+        self.program: Program | None = None  # what is on
+        self.around: Around | None = None  # instead of that: the one adapter that is on and wraps the call
         self.hooks: dict[str, RemovableHandle] = {}
         self.__dict__["replaced"] = None  # the layer, while another stands in for it; no submodule of this
         self.originals: dict[str, Tensor | None] = {}  # of the layer's parameters, while merged; None: it had none
@@ -132,8 +143,12 @@ class Slot(nn.Module):
     replaced: nn.Module | None
 
     @property
-    def parts(self) -> Mapping[str, Part]:
-        return cast("dict[str, Part]", self._modules)
+    def parts(self) -> dict[str, Part]:
+        return {name: own for name, own in self._modules.items() if isinstance(own, Part)}
+
+    @property
+    def gates(self) -> dict[str, GatePart]:
+        return {name: own for name, own in self._modules.items() if isinstance(own, GatePart)}
 
 
 @dataclass
@@ -142,8 +157,17 @@ class State:
 
     trainable: tuple[str, ...] = ()  # the base's parameters that were, before
     methods: dict[str, Method] = field(default_factory=dict)
-    active: dict[str, float] = field(default_factory=dict)
+    gates: dict[str, compose.Gate] = field(default_factory=dict)
+    composition: compose.Node = field(default_factory=compose.Base)
     merged: bool = False
+
+    @property
+    def active(self) -> dict[str, float]:
+        """Those that are on, with their weights; with 1 where it is no weighted sum."""
+        sums = compose.weights(self.composition)
+        if sums is not None:
+            return {name: weight for name, weight in sums.items() if weight != 0}
+        return dict.fromkeys(compose.names(compose.reduced(self.composition, self.methods)), 1.0)
 
 
 def before_hook(
@@ -151,8 +175,10 @@ def before_hook(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The hook of layers with adapters that define `before`. Copies and pickles know it by its name, and the next."""
     slot = cast("Slot", module._modules[SLOT])
-    alone = slot.steps[0] if len(slot.steps) == 1 and slot.steps[0].weight == 1.0 else slot.around
-    return None if alone is None else alone.part.before(args, kwargs)
+    if type(slot.program) is Leaf:
+        return slot.program.part.before(args, kwargs)
+    around = slot.around
+    return None if around is None else around.part.before(args, kwargs, around.gate)
 
 
 def after_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
@@ -163,33 +189,26 @@ def after_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
     """The hook of every adapted layer."""
-    steps: tuple[Step, ...] = module._modules[SLOT].steps  # type: ignore[assignment, union-attr]  # a cast takes time
-    if not steps:
+    program: Program | None = module._modules[SLOT].program  # type: ignore[assignment, union-attr]  # a cast takes time
+    if program is None:
         return None
-    if isinstance(y, Tensor):
-        return _adapted(module, steps, args, kwargs, y)
-    site = steps[0].part.site  # a block may give more than its hidden states
-    return site.with_hidden(y, _adapted(module, steps, args, kwargs, site.hidden(y)))
-
-
-def _adapted(
-    module: nn.Module, steps: tuple[Step, ...], args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
-) -> Tensor:
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
-    part, weight = steps[0]
-    if weight == 1.0 and len(steps) == 1:
-        out = part.adapted(x, y)
+    if type(program) is Leaf and isinstance(y, Tensor):  # the usual case; what it changes in the input is done
+        out = program.part.adapted(x, y)
         return out if out.dtype == y.dtype else out.to(y.dtype)
-    total = y  # y + Σ wᵢ (yᵢ − y), which promotes y to the adapters' dtype: rounded once, at the end
-    for part, weight in steps:
-        if part.method.defines("before"):  # it has its own call of the layer
-            own, named = part.before(args, kwargs)
-            theirs = part.site.hidden(part.site.call(own, named))
-            y_i = part.adapted(own[0] if own else next(iter(named.values())), theirs)
-        else:
-            y_i = part.adapted(x, y)
-        total = total + weight * (y_i - y)
-    return total.to(y.dtype)
+    site = cast("Slot", module._modules[SLOT]).site
+    before = site.hidden(y)  # a block may give more than its hidden states
+    if type(program) is Leaf:
+        after = program.part.adapted(x, before)
+    else:
+        after = program.run(Call(x, before, args, kwargs), before)
+    after = after.to(before.dtype)  # rounded once, at the end
+    return after if isinstance(y, Tensor) else site.with_hidden(y, after)
+
+
+def first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The layer's input, in the arguments of a call."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def trained(tensors: Mapping[str, nn.Parameter | Tensor]) -> list[str]:
@@ -260,7 +279,7 @@ def attach(part: Part, name: str) -> None:
     module = cast("nn.Module", part.site.module)
     slot = module._modules.get(SLOT)
     if not isinstance(slot, Slot):
-        slot = Slot()
+        slot = Slot(part.site)
         module.add_module(SLOT, slot)
         # First in line: what other hooks see (FSDP's, a user's) is the adapted output.
         slot.hooks["forward"] = module.register_forward_hook(forward_hook, prepend=True, with_kwargs=True)
@@ -303,5 +322,5 @@ def unshare(model: nn.Module, name: str) -> None:
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's modules by name, without what adapters put there."""
-    ours = (Slot, Part, Commons, Common)
+    ours = (Slot, Part, GatePart, Commons, Common)
     return ((name, module) for name, module in model.named_modules() if not isinstance(module, ours))

@@ -110,6 +110,10 @@ class Site:
         """A tensor on the layer's device, in the dtype that it computes in."""
         return self._live().get_parameter("weight")
 
+    def width(self, end: str) -> int:
+        """The size of the last axis of its "input" or "output", where the channels are: for gates, which read them."""
+        raise ConfigError(f"a gate cannot read the {end} of a {self.kind}", where=self.name, fix="give it other layers")
+
     @property
     def sample(self) -> Tensor:
         """A matrix of the base's values to know it by."""

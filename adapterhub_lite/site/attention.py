@@ -52,10 +52,15 @@ class AttentionSite(BlockSite):
         width = module.get_submodule("k_proj").get_parameter("weight").shape[0]
         return cls(name, (width, width), module, _frequencies(name, module))
 
+    def width(self, end: str) -> int:
+        if end == "input":
+            return int(self._live().get_submodule("q_proj").get_parameter("weight").shape[1])
+        return super().width(end)
+
     def put_before(
         self, keys: Tensor, values: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call with `keys` and `values` (n, width) in front of its own, seen by every query.
+        """The call with `keys` and `values` in front of its own, seen by every query: (n, width), or (batch, n, width).
 
         The keys are taken as they would lie in a cache of n positions. The input's positions do not move, so the keys
         are rotated back by n: what counts is the distance. A cache that is continued holds none of this.
@@ -75,7 +80,7 @@ class AttentionSite(BlockSite):
             mask = self._unmasked(x, cache)
         if mask is not None:  # (batch, 1, length, keys)
             shown = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
-            mask = torch.cat([shown(*mask.shape[:-1], len(keys)), mask], dim=-1)
+            mask = torch.cat([shown(*mask.shape[:-1], keys.shape[-2]), mask], dim=-1)
         front = _Front(self._rotated_back(_heads(keys, size)).to(x), _heads(values, size).to(x), cache)
         return (), {**call, "attention_mask": mask, "past_key_values": front}
 
@@ -93,8 +98,8 @@ class AttentionSite(BlockSite):
         return mask[None, None]
 
     def _rotated_back(self, keys: Tensor) -> Tensor:
-        """Keys (heads, n, head_dim) as n positions earlier."""
-        turn = torch.tensor(self.frequencies, dtype=torch.float64, device=keys.device) * keys.shape[1]
+        """Keys (…, heads, n, head_dim) as n positions earlier."""
+        turn = torch.tensor(self.frequencies, dtype=torch.float64, device=keys.device) * keys.shape[-2]
         cos, sin = turn.cos().to(keys.dtype), turn.sin().to(keys.dtype)  # (head_dim / 2,)
         a, b = keys.chunk(2, dim=-1)
         return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
@@ -117,8 +122,8 @@ class _Front:
 
 
 def _heads(rows: Tensor, size: int) -> Tensor:
-    """(n, width) as (heads, n, size)."""
-    return rows.reshape(len(rows), -1, size).transpose(0, 1)
+    """(…, n, width) as (…, heads, n, size)."""
+    return rows.reshape(*rows.shape[:-1], -1, size).transpose(-3, -2)
 
 
 def _frequencies(name: str, module: nn.Module) -> tuple[float, ...]:

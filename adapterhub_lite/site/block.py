@@ -66,6 +66,9 @@ class BlockSite(Site):
     def like(self) -> Tensor:
         return _values(self._live())[0]
 
+    def width(self, end: str) -> int:
+        return self.shape[1] if end == "input" else self.shape[0]
+
     @property
     def sample(self) -> Tensor:
         found = _values(self._live())

@@ -52,6 +52,11 @@ class DecoderSite(BlockSite):
         found: nn.Module = self._live().get_input_embeddings()  # type: ignore[operator]
         return found
 
+    def width(self, end: str) -> int:
+        if end == "input":
+            raise ConfigError("a gate cannot read tokens", where=self.name, fix="gate adapters of other layers")
+        return super().width(end)
+
     @property
     def like(self) -> Tensor:
         return self.embeddings.get_parameter("weight")

@@ -26,6 +26,9 @@ class EmbeddingSite(Site):
         vocabulary, dim = self.weight_shape
         return dim, vocabulary
 
+    def width(self, end: str) -> int:
+        return self.shape[0] if end == "output" else super().width(end)
+
     def fold(self, matrix: Tensor) -> Tensor:
         return matrix.mT
 

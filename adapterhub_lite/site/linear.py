@@ -27,6 +27,9 @@ class LinearSite(Site):
         out, into = self.weight_shape
         return out, into
 
+    def width(self, end: str) -> int:
+        return self.shape[1] if end == "input" else self.shape[0]
+
     def fold(self, matrix: Tensor) -> Tensor:
         return matrix
 

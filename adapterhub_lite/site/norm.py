@@ -45,6 +45,9 @@ class NormSite(Site):
     def shape(self) -> tuple[int, int]:
         return self.weight_shape[0], 1
 
+    def width(self, end: str) -> int:
+        return self.weight_shape[0] if type(self._live()).forward in LAST_AXIS else super().width(end)
+
     def fold(self, matrix: Tensor) -> Tensor:
         return matrix[:, 0]
 
@@ -74,7 +77,8 @@ class NormSite(Site):
             return super().add_bias(b, x, y)
         if forward is nn.GroupNorm.forward:
             return y + b.reshape(-1, *(1 for _ in y.shape[2:])).to(y.dtype)  # (batch, n, …)
-        return self.rerun(x, bias=b if self.bias is None else self.bias + b).to(y.dtype)
+        new = b if self.bias is None else self.bias + b
+        return y + (self.rerun(x, bias=new) - self.rerun(x)).to(y.dtype)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The conformance suite: what every method must do, tried on small layers of every kind it claims.
+"""The conformance suites: what every method must do, on small layers of every kind it claims; what every rule must do.
 
 In a plugin's own tests:
 
@@ -8,7 +8,7 @@ In a plugin's own tests:
     def test_conforms(method, check):
         check(method)
 
-and on the command line `adapter plugin check NAME`. Neither needs more than the package
+with rules just as well, and on the command line `adapter plugin check NAME`. Neither needs more than the package
 itself; pytest is imported only by `parametrize_checks`.
 """
 
@@ -20,11 +20,26 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError
 from ..protocol import Method
-from . import attached, declared, gradients, initial, inputs, low_rank, shared, steps, stored, weights
+from ..rule import Rule
+from . import (
+    attached,
+    composed,
+    declared,
+    gradients,
+    initial,
+    inputs,
+    low_rank,
+    merging,
+    shared,
+    steps,
+    stored,
+    weights,
+)
 from .check import Check as Check
 from .check import CheckFailed as CheckFailed
 from .check import CheckSkipped as CheckSkipped
 from .check import Outcome as Outcome
+from .check import Subject as Subject
 from .check import known, run
 from .check import report as report
 
@@ -33,31 +48,34 @@ __all__ = [
     "CheckFailed",
     "CheckSkipped",
     "Outcome",
+    "Subject",
     "check_method",
     "checks_for",
     "parametrize_checks",
     "report",
 ]
 
-_TOPICS = (declared, initial, shared, weights, inputs, gradients, steps, low_rank, stored, attached)
+_TOPICS = (declared, initial, shared, weights, inputs, gradients, steps, low_rank, stored, attached, composed)
 _CHECKS: tuple[Check, ...] = tuple(own for topic in _TOPICS for own in topic.CHECKS)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def checks_for(method: Method) -> list[Check]:
-    """All checks, in order; `check.skipped(method)` tells why one is not for `method`.
+def checks_for(method: Subject) -> list[Check]:
+    """All checks for a method or a rule, in order; `check.skipped(method)` tells why one is not for `method`.
 
     >>> import adapterhub_lite as ah
     >>> [check.name for check in checks_for(ah.method("lora"))][:2]
     ['documented', 'site_kinds_are_known']
     """
+    if isinstance(method, Rule):
+        return list(merging.CHECKS)
     if not isinstance(method, Method):
         raise ConfigError(f"{method!r} is not a method with its options", fix="give an instance, say LoRA(rank=4)")
     return list(_CHECKS)
 
 
-def check_method(method: Method, expected_failures: Mapping[str, str] | None = None) -> list[Outcome]:
+def check_method(method: Subject, expected_failures: Mapping[str, str] | None = None) -> list[Outcome]:
     """Run all checks, print a line for each, and raise `CheckFailed` if one failed.
 
     `expected_failures` maps the names of checks to the reason why they fail; one that passes is a failure.
@@ -71,8 +89,8 @@ def check_method(method: Method, expected_failures: Mapping[str, str] | None = N
     return found
 
 
-def parametrize_checks(*methods: Method, expected_failures: Mapping[str, str] | None = None) -> Callable[[F], F]:
-    """Parametrize a pytest test by `method` and `check`: one test for each check of each method.
+def parametrize_checks(*methods: Subject, expected_failures: Mapping[str, str] | None = None) -> Callable[[F], F]:
+    """Parametrize a pytest test by `method` and `check`: one test for each check of each method, or rule.
 
     `expected_failures` maps the names of checks to the reason why they fail; one that passes is a failure.
     """
@@ -96,8 +114,8 @@ def parametrize_checks(*methods: Method, expected_failures: Mapping[str, str] | 
     return decorate
 
 
-def label(method: Method) -> str:
-    """The method with the options that are not at their default: `LoRA(rank=4)`.
+def label(method: Subject) -> str:
+    """The method, or rule, with the options that are not at their default: `LoRA(rank=4)`.
 
     >>> import adapterhub_lite as ah
     >>> label(ah.method("lora", rank=4))

@@ -53,6 +53,14 @@ def ignores_weight(method: Method) -> str | None:
     return "declares reads_weight: it needs the base weight" if method.reads_weight else None
 
 
+def takes_any_output(method: Method) -> str | None:
+    return None if method.takes_any_output else "declares that takes_any_output is False: it comes first in a chain"
+
+
+def adds_delta(method: Method) -> str | None:
+    return None if method.adds_delta else "declares that adds_delta is False"
+
+
 def carries(method: Method) -> str | None:
     return None if method.carries_low_rank else "declares that carries_low_rank is False"
 

@@ -6,17 +6,19 @@ import math
 import unittest
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 from ..errors import AdapterError, UnknownName, nearest, printable
 from ..protocol import Method
+from ..rule import Rule
 
-Reason = Callable[[Method], "str | None"]
-"""Tells from what a method declares why a check is not for it; None if it is."""
+Subject: TypeAlias = Method | Rule
+Reason = Callable[[Any], "str | None"]
+"""Tells from what a method or a rule declares why a check is not for it; None if it is."""
 
 
 class CheckFailed(AssertionError):
-    """A method does not do what it says: `what` in one line, and how to `fix` it."""
+    """A method or a rule does not do what it says: `what` in one line, and how to `fix` it."""
 
     def __init__(self, what: str, *, fix: str) -> None:
         self.what, self.fix = printable(what), printable(fix)
@@ -29,22 +31,22 @@ class CheckSkipped(unittest.SkipTest):
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that every method must do, unless it declares that it does not take part.
+    """One thing that every method, or every rule, must do, unless it declares that it does not take part.
 
-    Calling it with a method returns what was measured, raises `CheckFailed`, or raises `CheckSkipped`.
+    Calling it with one returns what was measured, raises `CheckFailed`, or raises `CheckSkipped`.
     """
 
     name: str
     doc: str
     """What is checked, in one line."""
-    rule: Callable[[Method], str]
+    rule: Callable[[Any], str]
     needs: tuple[Reason, ...] = ()
 
-    def skipped(self, method: Method) -> str | None:
+    def skipped(self, method: Subject) -> str | None:
         """Why the check is not for `method`, if it is not."""
         return next((why for need in self.needs if (why := need(method)) is not None), None)
 
-    def __call__(self, method: Method) -> str:
+    def __call__(self, method: Subject) -> str:
         try:
             if (why := self.skipped(method)) is not None:
                 raise CheckSkipped(why)
@@ -60,10 +62,10 @@ class Check:
 _REPAIR = "repair the rule that raised it"
 
 
-def check(*needs: Reason) -> Callable[[Callable[[Method], str]], Check]:
+def check(*needs: Reason) -> Callable[[Callable[[Any], str]], Check]:
     """Make a function a `Check`; its name and its docstring are the check's."""
 
-    def make(rule: Callable[[Method], str]) -> Check:
+    def make(rule: Callable[[Any], str]) -> Check:
         return Check(rule.__name__, (rule.__doc__ or "").partition("\n")[0], rule, needs)
 
     return make
@@ -80,14 +82,14 @@ class Outcome:
     fix: str = ""
 
 
-def run(checks: Sequence[Check], method: Method, expected_failures: Mapping[str, str] | None = None) -> list[Outcome]:
+def run(checks: Sequence[Check], method: Subject, expected_failures: Mapping[str, str] | None = None) -> list[Outcome]:
     """The outcome of every check; nothing that a method raises gets out."""
     expected = expected_failures or {}
     known(expected, checks)
     return [_run(own, method, expected.get(own.name)) for own in checks]
 
 
-def _run(own: Check, method: Method, expected: str | None) -> Outcome:
+def _run(own: Check, method: Subject, expected: str | None) -> Outcome:
     try:
         detail = own(method)
     except CheckSkipped as skipped:

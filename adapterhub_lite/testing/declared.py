@@ -14,14 +14,14 @@ from .. import options
 from ..errors import ConfigError, nearest
 from ..protocol import Method
 from ..registry import registry
-from .check import check, one_line, require
+from .check import Subject, check, one_line, require
 from .zoo import untried
 
 NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 
 
 @check()
-def documented(method: Method) -> str:
+def documented(method: Subject) -> str:
     """It has a plain name, a docstring that mentions every option, and a paper with an https URL."""
     cls = type(method)
     require(
@@ -33,12 +33,12 @@ def documented(method: Method) -> str:
     require(
         paper.scheme == "https" and "." in paper.netloc,
         f"paper is {getattr(cls, 'paper', None)!r}, not an https URL",
-        fix="give the URL of the paper the rules are taken from",
+        fix="give the URL of the paper that it is taken from",
     )
     text = cls.__doc__ or ""
     # A dataclass without a docstring gets its signature for one.
     written = bool(text.strip()) and not text.startswith(f"{cls.__name__}(")
-    require(written, f"{cls.__name__} has no docstring", fix="say what the method is, and what its options mean")
+    require(written, f"{cls.__name__} has no docstring", fix="say what it is, and what its options mean")
     silent = [f.name for f in dataclasses.fields(method) if not re.search(rf"\b{f.name}\b", text)]
     require(
         not silent,
@@ -64,7 +64,7 @@ def site_kinds_are_known(method: Method) -> str:
 
 
 @check()
-def options_survive_json(method: Method) -> str:
+def options_survive_json(method: Subject) -> str:
     """Its options are the same after a trip through JSON, and no part of it can be changed."""
     plain = options.plain(method)
     again = options.build(type(method), json.loads(json.dumps(plain, allow_nan=False)), owner=method.name)
@@ -84,7 +84,7 @@ def options_survive_json(method: Method) -> str:
 
 
 @check()
-def wrong_options_are_refused(method: Method) -> str:
+def wrong_options_are_refused(method: Subject) -> str:
     """An unknown option, or one of the wrong type, is an error that names it."""
     plain = options.plain(method)
     wrong: list[tuple[str, object]] = [(f"{next(iter(plain), 'rank')}_of_no_such_option", 1)]
@@ -99,12 +99,12 @@ def wrong_options_are_refused(method: Method) -> str:
         except ConfigError as error:
             require(name in str(error), f"the error for {name} does not name it: {error}", fix="name the option")
         except Exception as error:
-            require(False, f"{shown} raises {one_line(error)}", fix="let Method.__post_init__ validate first")
+            require(False, f"{shown} raises {one_line(error)}", fix="let the base class's __post_init__ validate first")
         else:
             require(
                 False,
                 f"{shown} is accepted",
-                fix="keep Method.__post_init__, which validates; conditions go to check()",
+                fix="keep the base class's __post_init__, which validates; conditions go to check()",
             )
     return f"{len(wrong)} tried"
 

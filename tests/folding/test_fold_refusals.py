@@ -476,3 +476,9 @@ def test_no_output_named(adapter: Command, tmp_path: Path) -> None:
     done = adapter("merge", part_of(tmp_path), "--into", write_model(tmp_path / "base", tensors()))
     assert done.code == 2
     assert "give -o OUT" in done.err
+
+
+def test_one_line_with_default_weights_too(refused: Refused, adapter: Command, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", tensors())
+    parts = [write_lora(tmp_path / key, {"net.0.z": (9, 6)}, seed=i) for i, key in enumerate("ab")]
+    adapter("merge", *parts, "--into", base, "-o", refused.out).refused("'net.0.z'")

@@ -219,6 +219,8 @@ class TransposedStart(Sound):
     "casts_and_copies",
     "inference_keeps_nothing_else",
     "half_precision_base",
+    "chains_lose_nothing",
+    "batches_are_their_rows",
 )
 class TakenName(Sound):
     """Names a frozen tensor as live models name something else."""
@@ -324,7 +326,7 @@ class RowsFromTheTop(Scaling):
         return Params({"l": p["l"][: stop - start]})
 
 
-@trips("merge_equals_forward", "two_adapters_add_up")
+@trips("merge_equals_forward", "two_adapters_add_up", "chains_lose_nothing")
 class LycorisDoubleScale(Sound):
     """Multiplies by α/r once more in merge, as LyCORIS's LoHa and LoKr did."""
 
@@ -332,7 +334,13 @@ class LycorisDoubleScale(Sound):
         return weight + self.scaling * self.delta(p, site).dense().to(weight.dtype), bias
 
 
-@trips("merge_equals_forward", "two_adapters_add_up")
+@trips(
+    "merge_equals_forward",
+    "two_adapters_add_up",
+    "chains_lose_nothing",
+    "batches_are_their_rows",
+    "adds_delta_in_training",
+)
 class UnscaledForward(Sound):
     """Forgets α/r in forward."""
 
@@ -384,6 +392,7 @@ class CachesOnModule(Sound):
     "casts_and_copies",
     "inference_keeps_nothing_else",
     "half_precision_base",
+    "batches_are_their_rows",
 )
 class GatesInPlace(Gating):
     """Multiplies the input that it is given, which others see too."""
@@ -767,3 +776,29 @@ class RefusesByTruth(Sound):
 
     def refuses(self, site: Site) -> Any:
         return site.bias is None
+
+
+@trips("chains_lose_nothing")
+class ComputesAnew(Sound):
+    """Has the layer's output computed anew, and drops what other adapters made of it."""
+
+    def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return site.add(self.delta(p, site), x, site.call((x.to(site.like.dtype),), {}).to(y.dtype))
+
+
+@trips("batches_are_their_rows")
+class SkipsSingles(Sound):
+    """Takes a batch of one for no batch at all."""
+
+    def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return y if len(x) == 1 else super().forward(p, x, y, site)
+
+
+@trips("adds_delta_in_training")
+class DropsUnsaid(Sound):
+    """Drops some of its input in training, which its options do not tell."""
+
+    def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        if site.module is not None and site.module.training:
+            x = x * (torch.arange(x.shape[-1]) % 4 > 0).to(x)
+        return super().forward(p, x, y, site)

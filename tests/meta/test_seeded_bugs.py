@@ -16,6 +16,7 @@ DELTA = {
     "arithmetic_is_linear",
     "save_and_load",
     "files_are_reproducible",
+    "adds_delta_in_training",
 }
 SHARED = {"shared_depends_on_shapes", "shared_is_kept_once"}
 BEFORE = {"before_is_pure", "before_finds_the_input"}

@@ -45,6 +45,10 @@ class DoRA(LoRA):
     # m / ‖V‖ multiplies all of W: what the tensors alone give is no weight change.
     delta, outline = Method.delta, Method.outline  # type: ignore[assignment]
 
+    @property
+    def adds_delta(self) -> bool:
+        return False
+
     def check(self) -> None:
         super().check()
         if self.lora_bias:

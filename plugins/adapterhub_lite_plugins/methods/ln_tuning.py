@@ -30,6 +30,7 @@ class LNTuning(Method):
     paper = "https://arxiv.org/abs/2312.11420"
     site_kinds = frozenset({"norm"})
     reads_weight = True
+    takes_any_output = False  # the norm is computed anew
     peft_type = "LN_TUNING"
 
     # The rules ------------------------------------------------------------------------------------

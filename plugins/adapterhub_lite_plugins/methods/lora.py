@@ -107,6 +107,10 @@ class LoRA(Method):
     def identity_at_init(self) -> bool:
         return self.init_weights != "random"
 
+    @property
+    def adds_delta(self) -> bool:
+        return not self.dropout
+
     # The rules ------------------------------------------------------------------------------------
 
     def init(self, site: Site, rng: torch.Generator) -> Mapping[str, nn.Parameter | Tensor]:

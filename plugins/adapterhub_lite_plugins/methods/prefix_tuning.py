@@ -82,14 +82,18 @@ class PrefixTuning(Method):
 
     def prefix(self, p: Params) -> Tensor:
         """Keys and values (n, 2 width), side by side."""
-        if not self.prefix_projection:
+        if "prefix" in p:
             return p["prefix"]
         return (p["E"] @ p["W1"].mT + p["b1"]).tanh() @ p["W2"].mT + p["b2"]
+
+    def weighed(self, p: Params, weight: Tensor, site: Site) -> Mapping[str, Tensor]:
+        """Prefixes (batch, n, 2 width), keys and values both scaled: UniPELT, Mao et al. 2022, §2.3."""
+        return {"prefix": weight[:, None, None] * self.prefix(p)}
 
     def before(
         self, p: Params, args: tuple[Any, ...], kwargs: dict[str, Any], site: Site
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        keys, values = self.prefix(p).chunk(2, dim=-1)  # (n, width)
+        keys, values = self.prefix(p).chunk(2, dim=-1)  # (…, n, width)
         return cast("AttentionSite", site).put_before(keys, values, args, kwargs)
 
     # On disk ----------------------------------------------------------------------------------------

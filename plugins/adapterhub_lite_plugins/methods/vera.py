@@ -70,6 +70,10 @@ class VeRA(Method):
         self.__dict__.update(state)
         _product()  # as in `init`: an unpickled model may be compiled before anything else makes it
 
+    @property
+    def adds_delta(self) -> bool:
+        return not self.dropout
+
     # The rules ------------------------------------------------------------------------------------
 
     def shared(self, sites: Sequence[Site]) -> Mapping[str, Tensor]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapterhub_lite import ConfigError, FileError, Method, NotMergeable
-from adapterhub_lite.errors import nearest, os_error
+from adapterhub_lite import ConfigError, FileError, Method, NotMergeable, strict_json
+from adapterhub_lite.errors import nearest
 
-from . import strict_json
-
-MAX_CONFIG = 16 << 20  # bytes
 MAX_KEPT = 1000  # names in modules_to_save
 MAX_JOINED = 10_000  # sites in one tensor
 
@@ -33,24 +29,7 @@ INERT = frozenset(
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # a fifo would never end
-            raise FileError("is not a file", where=path, fix="restore the file")
-        if found.st_size > MAX_CONFIG:
-            raise FileError(f"is larger than {MAX_CONFIG >> 20} MB", where=path, fix="a config has a few kB")
-        config = strict_json.parse(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise FileError("is missing", where=path, fix="an adapter folder has it beside the weights") from None
-    except OSError as e:
-        raise os_error(e, path) from None
-    except RecursionError:
-        raise FileError("is nested too deeply", where=path, fix="restore the file") from None
-    except ValueError as e:
-        raise FileError(f"is not valid JSON ({e})", where=path, fix="restore the file") from None
-    if not isinstance(config, dict):
-        raise FileError("is not a JSON object", where=path, fix="restore the file")
-    return config
+    return strict_json.read(path, missing="an adapter folder has it beside the weights")
 
 
 def base_class(config: Mapping[str, Any]) -> str | None:

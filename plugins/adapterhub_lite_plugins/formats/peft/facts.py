@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapterhub_lite import AdapterError, FileError, Method, UnknownName
+from adapterhub_lite import AdapterError, FileError, Method, UnknownName, strict_json
 from adapterhub_lite.checkpoint import Checkpoint
 from adapterhub_lite.format import SiteContents
 from adapterhub_lite.options import build
 from adapterhub_lite.registry import registry
 
-from . import strict_json
 from .layout import family_of
 
 OURS = "adapterhub_lite"  # our entry in the header

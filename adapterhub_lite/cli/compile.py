@@ -1,0 +1,65 @@
+"""`adapter compile`: a composition into one adapter that every server takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .merge import errors, parse_dtype, report, summary
+from .output import Size, print_json, progress
+
+
+@click.command()
+@click.argument("ref", metavar="COMPOSITION", type=click.Path(path_type=Path))
+@click.option("-o", "--out", metavar="OUT", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--rank", type=click.IntRange(min=1), help="Truncate to this rank at every site, optimally.")
+@click.option(
+    "--max-error",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Truncate to the smallest adapter with at most this relative error, rounding included.",
+)
+@click.option("--budget", type=Size(), help="Truncate to the nearest adapter of at most this size, say 80MB.")
+@click.option(
+    "--dtype", callback=parse_dtype, help="float32, float16, bfloat16 or float64. Default: the widest input's."
+)
+@click.option("--force", is_flag=True, help="Replace the adapter at OUT.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-v", "--verbose", is_flag=True, help="Show every module.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+def compile(
+    ref: Path,
+    out: Path,
+    rank: int | None,
+    max_error: float | None,
+    budget: int | None,
+    dtype: str | None,
+    force: bool,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Write the composition in folder COMPOSITION as one plain LoRA.
+
+    COMPOSITION is a folder by adapters.save_composition(). Sums, means and chains of weight changes are one weight
+    change, and the result is exact, or with --rank, --max-error or --budget the nearest that is smaller. One adapter
+    alone, with weight 1, stays what it is. Gates, and methods that are no weight change by themselves, are refused by
+    name.
+
+    \b
+    adapter compile both -o served --rank 16
+    """
+    if sum(x is not None for x in (rank, max_error, budget)) > 1:
+        raise click.UsageError("--rank, --max-error and --budget exclude each other")
+    from ..live.folder import lower
+
+    lowered, weights = lower(ref)
+    cut = lowered.cut(rank=rank, max_error=max_error, budget=budget, dtype=dtype)
+    with progress("compiling", quiet) as step:
+        planned, error = cut.write(out, dtype=dtype, force=force, progress=step)
+    if as_json:
+        named = [{"ref": name, "weight": weight} for name, weight in weights.items()]
+        print_json({"out": str(out), "adapters": named, **report(planned, error)})
+    elif not quiet:
+        click.echo(summary(planned, "wrote", out))
+        click.echo(errors(planned, error, verbose))
