@@ -28,7 +28,9 @@ OPTIONS = (
     click.option(
         "--into", metavar="BASE", type=click.Path(path_type=Path), help="Fold into this model: OUT is a model."
     ),
-    click.option("--at", metavar="GLOB=W...", multiple=True, help="With --into: other weights for some modules, one an adapter."),
+    click.option(
+        "--at", metavar="GLOB=W...", multiple=True, help="With --into: other weights for some modules, one an adapter."
+    ),
     click.option("--stochastic", metavar="SEED", type=int, help="With --into: round at random, right on average."),
     click.option("--link", is_flag=True, help="With --into: link files that do not change."),
     click.option("--resume", is_flag=True, help="With --into: go on with what an interrupted run left."),
@@ -53,7 +55,8 @@ def taken(given: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_alone(given: Mapping[str, Any]) -> None:
     """Options of `--into` without it are wrong usage."""
-    named = [f"--{name}" for name in NAMES[1:] if not (given[name] is None or given[name] is False or given[name] == ())]
+    unset = [name for name in NAMES[1:] if given[name] is None or given[name] is False or given[name] == ()]
+    named = [f"--{name}" for name in NAMES[1:] if name not in unset]  # a seed may be 0
     if named:
         raise click.UsageError(f"{named[0]} is for --into BASE")
 
