@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -63,6 +64,7 @@ def layers(base: BaseModel, terms: Iterable[tuple[Mapping[str, float], Source]])
             biased = _changes_bias(source, site) or (former is not None and former.biased)
             layer = Layer(name, tensors["weight"], tensors.get("bias"), parts, biased, by_inputs)
             _refuse_stored(layer, base, label)
+            _refuse_other(layer, source, site, label)
             found[name] = layer
     _refuse_tied(base, found)
     return dict(sorted(found.items()))
@@ -170,6 +172,30 @@ def _refuse_stored(layer: Layer, base: BaseModel, label: str) -> None:
                 "it holds no sum",
                 fix="merge into the full-precision base, and quantise the result",
             )
+
+
+def _refuse_other(layer: Layer, source: Source, site: str, label: str) -> None:
+    """What headers tell of a layer that is not the adapter's; which kind it is, is looked at later."""
+    part = source.sites[site]
+    if -1 not in part.weight_shape and math.prod(part.weight_shape) != layer.weight.numel:
+        raise other_shape(layer, part, site, label)
+    if layer.biased and layer.bias is None and gives_delta(source):
+        raise no_bias(layer)
+
+
+def other_shape(layer: Layer, part: SiteContents, site: str, label: str) -> NotMergeable:
+    return NotMergeable(
+        f"{label} adapts {site!r} as {part.kind} of shape {list(part.weight_shape)}, and the base has "
+        f"{list(layer.weight.shape)} there",
+        fix="give the base that it was trained on; a resized vocabulary is not merged",
+    )
+
+
+def no_bias(layer: Layer) -> NotMergeable:
+    return NotMergeable(
+        f"an adapter changes the bias of {layer.name!r}, which has none in the base",
+        fix="leave the adapter unmerged",
+    )
 
 
 def tied(base: BaseModel) -> set[str]:

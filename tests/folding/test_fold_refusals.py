@@ -482,3 +482,18 @@ def test_one_line_with_default_weights_too(refused: Refused, adapter: Command, t
     base = write_model(tmp_path / "base", tensors())
     parts = [write_lora(tmp_path / key, {"net.0.z": (9, 6)}, seed=i) for i, key in enumerate("ab")]
     adapter("merge", *parts, "--into", base, "-o", refused.out).refused("'net.0.z'")
+
+
+@pytest.mark.parametrize(
+    ("shape", "more", "words"),
+    [
+        ((9, 7), {}, ("'net.0.q'", "[9, 7]", "[9, 6]")),
+        ((9, 6), {f"{PREFIX}net.0.q.lora_B.bias": draw(9)}, ("changes the bias of 'net.0.q'",)),
+    ],
+)
+def test_a_dry_run_refuses_what_headers_tell(
+    refused: Refused, adapter: Command, tmp_path: Path, shape: tuple[int, int], more: dict[str, Tensor], words: Any
+) -> None:
+    base = write_model(tmp_path / "base", tensors())
+    part = write_lora(tmp_path / "a", {"net.0.q": shape}, more=more, lora_bias=bool(more))
+    adapter("merge", part, "--into", base, "-o", refused.out, "--dry-run").refused(*words)
