@@ -145,7 +145,10 @@ class Change:
         merged = rounded(b.double() + db, b.dtype, self.layer.bias.name, Span(0, len(b), True))
         if not is_finite(merged):
             check_finite(b, self.layer.bias, fix="download the model again")
-            raise NotMergeable(f"the merged bias of {self.layer.name!r} does not fit {self.layer.bias.dtype}")
+            raise NotMergeable(
+                f"the merged bias of {self.layer.name!r} does not fit {self.layer.bias.dtype}",
+                fix="look for a weight that is too large",
+            )
         return merged
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..agreement import equal
 from ..base_model import BaseModel
 from ..checkpoint import TensorInfo
 from ..errors import NotMergeable, UnknownName, nearest
@@ -200,14 +201,16 @@ def no_bias(layer: Layer) -> NotMergeable:
 
 def tied(base: BaseModel) -> set[str]:
     """The tensors that are the embedding and the output head at once."""
+    heads = [name for name in base.config.get("architectures") or () if isinstance(name, str)]
+    if not any(mark in name for name in heads for mark in ("LM", "ConditionalGeneration", "PreTraining")):
+        return set()
     told = [base.config, *(part for part in base.config.values() if isinstance(part, dict))]  # text_config and the like
     vocabularies = {part["vocab_size"] for part in told if isinstance(part.get("vocab_size"), int)}
-    like = [t.name for t in base.tensors.values() if len(t.shape) == 2 and t.shape[0] in vocabularies]
-    tie = next((part["tie_word_embeddings"] for part in told if "tie_word_embeddings" in part), len(like) == 1)
-    heads = [name for name in base.config.get("architectures") or () if isinstance(name, str)]
-    if not tie or not any(mark in name for name in heads for mark in ("LM", "ConditionalGeneration", "PreTraining")):
-        return set()
-    return set(like)
+    like = [t for t in base.tensors.values() if len(t.shape) == 2 and t.shape[0] in vocabularies]
+    tie = next((part["tie_word_embeddings"] for part in told if "tie_word_embeddings" in part), None)
+    if tie is None:  # old configs leave out what was the default
+        tie = all(equal(like[0], other) for other in like[1:])
+    return {t.name for t in like} if tie else set()
 
 
 def tied_error(name: str, done: str) -> NotMergeable:

@@ -425,3 +425,21 @@ def test_a_sparse_change(tmp_path: Path, by_inputs: bool, block: int, monkeypatc
     got = tensors_of(tmp_path / "out")
     assert off_by(got["x.weight"], rounded((want.T if by_inputs else want).numpy(), torch.float32))[1] <= 1
     assert same_bits(got["x.bias"], draw(out, seed=2))
+
+
+@pytest.mark.parametrize("rule", ["ties", "knots", "slerp"])
+def test_the_result_of_a_rule(tmp_path: Path, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 16)
+    layers = {"l.wide": (9, 14), "l.square": (8, 8)}
+    a, b = (ah.load(write_lora(tmp_path / key, layers, seed=i)) for i, key in enumerate("ab"))
+    folder = write_model(
+        tmp_path / "base", {f"{n}.weight": draw(*s, seed=i) for i, (n, s) in enumerate(layers.items())}
+    )
+    merged = ah.merge([a, b], rule)
+    ah.fold(folder, 0.5 * merged, tmp_path / "out")
+    for name in layers:
+        delta = merged.delta(name)
+        wide = type(delta)(*(t.double() if isinstance(t, Tensor) else t for t in delta)).dense()  # not in float32
+        want = tensors_of(folder)[f"{name}.weight"].double() + 0.5 * wide
+        got = tensors_of(tmp_path / "out")[f"{name}.weight"]
+        assert off_by(got, rounded(want.numpy(), torch.float32))[1] <= 1

@@ -116,7 +116,10 @@ def test_a_tied_embedding_by_the_files_alone(refused: Refused, tmp_path: Path) -
     """Old configs leave out what was the default."""
     part = write_lora(tmp_path / "a", {}, more=EMBEDDING, target_modules=["emb"])
     refused(tied(tmp_path / "base", with_head=False), part, "the output head at once")
-    ah.fold(tied(tmp_path / "untied", with_head=True), ah.load(part), tmp_path / "done")
+    refused(tied(tmp_path / "copied", with_head=True), part, "the output head at once")
+    more = {"emb__weight": draw(20, 6, seed=4), "lm_head__weight": draw(20, 6, seed=5)}
+    untied = write_model(tmp_path / "untied", tensors(**more), config={"vocab_size": 20, "architectures": ["AForLM"]})
+    ah.fold(untied, ah.load(part), tmp_path / "done")
 
 
 def test_a_tied_head(refused: Refused, tmp_path: Path) -> None:
@@ -358,6 +361,13 @@ def test_a_sum_that_overflows(refused: Refused, tmp_path: Path, dtype: torch.dty
     ah.fold(base, ah.load(part), tmp_path / "done")
     want = own["net.0.q.weight"].double() + B.double() @ A.double()
     assert same_bits(tensors_of(tmp_path / "done")["net.0.q.weight"], rounded(want.numpy(), dtype))
+
+
+def test_a_bias_that_overflows(refused: Refused, tmp_path: Path) -> None:
+    own = {key: t.half() for key, t in tensors(net__0__q__bias=draw(9)).items()}
+    config = {"peft_type": "BITFIT"}
+    part = write_adapter(tmp_path / "a", {f"{PREFIX}net.0.q.bitfit_bias": torch.full((9,), 1e5)}, config)
+    refused(write_model(tmp_path / "base", own), part, "the merged bias of 'net.0.q' does not fit F16", "too large")
 
 
 # Where to -----------------------------------------------------------------------------------------------
