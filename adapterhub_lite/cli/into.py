@@ -57,7 +57,8 @@ def taken(given: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_alone(given: Mapping[str, Any]) -> None:
     """Options of `--into` without it are wrong usage."""
-    named = [f"--{name.replace('_', '-')}" for name in NAMES[1:] if given[name] not in (None, False, ())]
+    unset = [name for name in NAMES[1:] if given[name] is None or given[name] is False]
+    named = [f"--{name.replace('_', '-')}" for name in NAMES[1:] if name not in unset]  # a seed may be 0
     if named:
         raise click.UsageError(f"{named[0]} is for --into BASE")
 

@@ -178,13 +178,13 @@ def merge(
             raise click.UsageError("--dtype is for adapters: a model's weights keep theirs")
         if report is not None:
             raise click.UsageError("--report is about merged adapters; with --into, say -v to see every module")
-        if spoken:
-            click.echo(said, err=True)
         merge_into(
             merged, refs, weights, into, own=own if folds else None, out=out,
             keep=keep, any_base=any_base, dry_run=dry_run, force=force,
             as_json=as_json, verbose=verbose, quiet=quiet,
         )  # fmt: skip
+        if spoken:
+            click.echo(said, err=True)
         return
     refuse_alone(into)
     if report is not None:
@@ -277,7 +277,9 @@ def by_module(words: Sequence[str], weights: Sequence[float]) -> list[Weight]:
             raise click.UsageError(f"--at {word!r}: write GLOB=W,W with {len(weights)} weights, one an adapter")
         for patterns, number in zip(tables, own, strict=True):
             patterns.setdefault(glob, number)
-    return [{**patterns, "*": weight} if patterns else weight for patterns, weight in zip(tables, weights, strict=True)]
+    for patterns, weight in zip(tables, weights, strict=True):
+        patterns.setdefault("*", weight)
+    return list(tables) if words else list(weights)
 
 
 def _report(

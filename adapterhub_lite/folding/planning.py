@@ -18,7 +18,7 @@ from ..agreement import common, equal
 from ..base_model import BaseModel
 from ..checkpoint import TensorInfo
 from ..combine import labelled
-from ..errors import ConfigError, NotMergeable
+from ..errors import ConfigError, NotMergeable, nearest
 from ..per_site import Weight
 from ..registry import registry
 from ..source import DEFAULT, Source
@@ -114,8 +114,12 @@ def _weighed(adapter: Adapter, weights: Sequence[Weight] | None) -> tuple[tuple[
     if len(weights) != len(adapter.terms):
         raise ConfigError(f"{len(weights)} weights for {len(adapter.terms)} adapters", fix="give one for each")
     terms = tuple((weight, source) for weight, (_, source) in zip(weights, adapter.terms, strict=True))
+    sites = {site for _, source in terms for site in source.sites}
     for weight, source in terms:
         per_site.check(weight, f"the weights of {next(iter(source.contents))}")
+        for pattern in weight if isinstance(weight, Mapping) else ():
+            if not any(per_site.first({pattern: True}, site) for site in sites):
+                raise ConfigError(f"no adapted module is called {pattern!r}", fix=nearest(pattern, sites))
     return terms
 
 

@@ -15,7 +15,7 @@ from ..checkpoint import ITEMSIZE, Checkpoint, TensorInfo, is_finite, sha256, to
 from ..errors import NotMergeable
 from ..source import Source, read
 from .copying import Step, copy_range, no_step, read_at, reading, reserve, write_at, writing
-from .places import Layer
+from .places import Layer, no_bias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,8 +160,6 @@ class _Folding:
 
     def _write_bias(self, change: Change, found: Sequence[_Piece]) -> None:
         import torch
-
-        from .blocks import no_bias
 
         info = change.layer.bias
         changes = [piece.db for piece in found if piece.db is not None]

@@ -361,3 +361,88 @@ def test_the_recipe_says_how(tmp_path: Path) -> None:
     assert (recipe["rule"], recipe["rounding"], recipe["seed"]) == ("fold", "stochastic", 9)
     assert [term["weight"] for term in recipe["of"]["terms"]] == [0.25]
     assert json.loads((tmp_path / "out" / "adapterhub_lite.json").read_text()) == result.plain()
+
+
+SPARSE = '''
+from dataclasses import dataclass
+
+from adapterhub_lite import Method, hookimpl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picked(Method):
+    """Some numbers of W change."""
+
+    name = "picked"
+    paper = "https://example.org/picked"
+    site_kinds = frozenset({"linear", "transposed_linear"})
+    peft_type = "PICKED"
+
+    def delta(self, p, site):
+        from adapterhub_lite import Sparse
+
+        return Sparse(p["at"].long(), p["v"], site.shape)
+
+    def peft_keys(self):
+        return {"": {"at": "picked_at", "v": "picked_v"}}
+
+    @classmethod
+    def from_peft(cls, config):
+        return cls()
+
+    def to_peft(self):
+        return {}
+
+    def place(self, family, shapes):
+        return "linear", (-1, -1), (-1, -1)
+
+
+@hookimpl
+def methods():
+    return [Picked]
+'''
+
+
+@pytest.mark.parametrize("block", [1 << 18, 8])
+@pytest.mark.parametrize("by_inputs", [False, True])
+def test_a_sparse_change(tmp_path: Path, by_inputs: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "picked.py").write_text(SPARSE)
+    out, into = 11, 6
+    W, v, at = draw(out, into), draw(4), torch.tensor([3, 17, 40, 65])
+    tensors = {"x.weight": W.T.contiguous() if by_inputs else W, "x.bias": draw(out, seed=2)}
+    folder = write_model(tmp_path / "base", tensors)
+    keys = {"base_model.model.x.picked_at": at.float(), "base_model.model.x.picked_v": v}
+    part = write_adapter(tmp_path / "a", keys, {"peft_type": "PICKED"})
+    other = write_lora(tmp_path / "b", {"x": (out, into)})
+    registry.reset()
+    try:
+        registry.use_plugins_dir(tmp_path / "plugins")
+        ah.fold(folder, 0.5 * ah.load(part) + ah.load(other), tmp_path / "out", any_base=True)
+    finally:
+        registry.reset()
+    want = W.double().flatten()
+    want[at] += 0.5 * v.double()
+    want = want.reshape(out, into) + torch.from_numpy(lora_delta(other, "x"))
+    got = tensors_of(tmp_path / "out")
+    assert off_by(got["x.weight"], rounded((want.T if by_inputs else want).numpy(), torch.float32))[1] <= 1
+    assert same_bits(got["x.bias"], draw(out, seed=2))
+
+
+@pytest.mark.parametrize("rule", ["ties", "knots", "slerp"])
+def test_the_result_of_a_rule(tmp_path: Path, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 16)
+    layers = {"l.wide": (9, 14), "l.square": (8, 8)}
+    a, b = (ah.load(write_lora(tmp_path / key, layers, seed=i)) for i, key in enumerate("ab"))
+    folder = write_model(
+        tmp_path / "base", {f"{n}.weight": draw(*s, seed=i) for i, (n, s) in enumerate(layers.items())}
+    )
+    merged = ah.merge([a, b], rule)
+    ah.fold(folder, 0.5 * merged, tmp_path / "out")
+    for name in layers:
+        delta = merged.delta(name)
+        wide = type(delta)(*(t.double() if isinstance(t, Tensor) else t for t in delta)).dense()  # not in float32
+        want = tensors_of(folder)[f"{name}.weight"].double() + 0.5 * wide
+        got = tensors_of(tmp_path / "out")[f"{name}.weight"]
+        assert off_by(got, rounded(want.numpy(), torch.float32))[1] <= 1
