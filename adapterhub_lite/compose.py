@@ -7,7 +7,7 @@ At each layer a tree maps the layer's input x and an output v to another output;
     Sum         v + Σ wᵢ (fᵢ(v) − v)
     Mean        the same with 1/N
     Chain       fₙ(… f₁(v)), with the same x for all
-    Route       v + Σ gᵢ(x) (fᵢ(v) − v), with weights from a trained gate that add up to 1
+    Route       v + Σ gᵢ(x) (fᵢ(v) − v), with weights from a trained gate, or a router, that add up to 1
     Rows        each row of a batch its own; the root alone can be this
 
 Nothing here imports torch: trees are made, read and written without a model.
@@ -16,12 +16,13 @@ Nothing here imports torch: trees are made, read and written without a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from . import options
 from .errors import ConfigError, NotMergeable, nearest
+from .routing import Router
 
 MAX_DEPTH = 100  # of a tree: far below where Python's stack ends
 
@@ -32,18 +33,26 @@ class Gate:
 
     `gate * use("a")` is a term whose weight it is. h is the layer's input, or with `reads="output"` what the term
     begins with. With `per="sample"` it is the mean over a sample's tokens, with `per="token"` each token has its own.
-    A gate of several `outputs` belongs to a `Route`, and is a softmax over them.
+    A gate of several `outputs` belongs to a `Route`, and is a softmax over them, or what the router `by` makes of the
+    input; `adapters.add_router` makes that. `way` is one way of a router by itself: see `Route.alone`.
     """
 
     name: str
     per: Literal["sample", "token"] = "sample"
     reads: Literal["input", "output"] = "input"
     outputs: int = 1
+    by: Router | None = None
+    way: int | None = None
 
     def __post_init__(self) -> None:
         options.validate(self, owner=f"gate {self.name!r}")
         if self.outputs < 1:
             raise ConfigError(f"a gate of {self.outputs} outputs weighs nothing", where=self.name, fix="give one")
+        if self.by is not None and self.reads != "input":
+            raise ConfigError(f"router {self.by.name!r} reads the layer's input", where=self.name)
+        if self.way is not None and (self.by is None or not 0 <= self.way < self.outputs):
+            what = f"a gate of {self.outputs} outputs has no way {self.way} that could be on alone"
+            raise ConfigError(what, where=self.name, fix="make the router with adapters.add_router()")
 
     def __mul__(self, node: Node) -> Sum:
         return Sum(((self, _node(node)),))
@@ -112,7 +121,7 @@ class Sum(Node):
         _children([node for _, node in _pairs(self.terms)], "Sum")
         for weight, _ in self.terms:
             if isinstance(weight, Gate):
-                if weight.outputs != 1:
+                if weight.outputs != 1 and weight.way is None:
                     what = f"the gate {weight.name!r} has {weight.outputs} outputs, and a term has one weight"
                     raise ConfigError(what, fix="give it to a Route")
             elif isinstance(weight, bool) or not isinstance(weight, (int, float)) or not _finite(weight):
@@ -144,7 +153,7 @@ class Chain(Node):
 
 @dataclass(frozen=True)
 class Route(Node):
-    """v + Σ gᵢ(x) (fᵢ(v) − v), where a gate of as many outputs gives the weights."""
+    """v + Σ gᵢ(x) (fᵢ(v) − v), where a gate of as many outputs, or a router, gives the weights."""
 
     gate: Gate
     of: tuple[Node, ...]
@@ -158,6 +167,12 @@ class Route(Node):
                 f"the gate {self.gate.name!r} has {self.gate.outputs} outputs for {len(self.of)} ways",
                 fix=f"make one with outputs={len(self.of)}",
             )
+        if self.gate.way is not None:
+            raise ConfigError(f"{self.gate.name!r} is one way by itself, and a Route has all", fix="give the gate")
+
+    def alone(self, way: int) -> Sum:
+        """The way of that number by itself, weighed by what its router trains: see `Router.alone`."""
+        return replace(self.gate, way=way) * self.of[way]
 
 
 @dataclass(frozen=True)
@@ -252,14 +267,24 @@ def names(node: Node) -> tuple[str, ...]:
 
 
 def gates(node: Node) -> tuple[Gate, ...]:
-    """The gates in it, each once, in order."""
-    found: dict[Gate, None] = {}
+    """The gates in it, each once, in order; a way by itself is its gate."""
+    return tuple(dict.fromkeys(replace(gate, way=None) for gate in _gates(node)))
+
+
+def ways(node: Node) -> dict[str, set[int | None]]:
+    """By the names of the gates in it, which of their ways are on by themselves; None is all together."""
+    found: dict[str, set[int | None]] = {}
+    for gate in _gates(node):
+        found.setdefault(gate.name, set()).add(gate.way)
+    return found
+
+
+def _gates(node: Node) -> Iterator[Gate]:
     for own in nodes(node):
         if isinstance(own, Route):
-            found[own.gate] = None
+            yield own.gate
         elif isinstance(own, Sum):
-            found.update((weight, None) for weight, _ in own.terms if isinstance(weight, Gate))
-    return tuple(found)
+            yield from (weight for weight, _ in own.terms if isinstance(weight, Gate))
 
 
 def weights(node: Node) -> dict[str, float] | None:
@@ -354,7 +379,7 @@ def plain(node: Node) -> dict[str, Any]:
         return {"kind": "base"}
     if isinstance(node, Sum):
         terms = [
-            {"weight": options.plain(weight) if isinstance(weight, Gate) else float(weight), "of": plain(own)}
+            {"weight": _plain_gate(weight) if isinstance(weight, Gate) else float(weight), "of": plain(own)}
             for weight, own in node.terms
         ]
         return {"kind": "sum", "terms": terms}
@@ -362,8 +387,15 @@ def plain(node: Node) -> dict[str, Any]:
         raise ConfigError("rows of a batch are no composition to keep", fix="save the composition of one row")
     of = [plain(own) for own in children(node)]
     if isinstance(node, Route):
-        return {"kind": "route", "gate": options.plain(node.gate), "of": of}
+        return {"kind": "route", "gate": _plain_gate(node.gate), "of": of}
     return {"kind": type(node).__name__.lower(), "of": of}
+
+
+def _plain_gate(gate: Gate) -> dict[str, Any]:
+    own: dict[str, Any] = {"name": gate.name, "per": gate.per, "reads": gate.reads, "outputs": gate.outputs}
+    if gate.by is not None:
+        own["router"] = {"name": gate.by.name, "options": options.plain(gate.by)}
+    return own if gate.way is None else {**own, "way": gate.way}
 
 
 _ENTRIES = {
@@ -376,7 +408,10 @@ _ENTRIES = {
 }
 
 
-def from_plain(value: Any, depth: int = 1) -> Node:
+Routers: TypeAlias = Callable[[str], type[Router]]  # by name
+
+
+def from_plain(value: Any, routers: Routers, depth: int = 1) -> Node:
     """The tree that `plain` wrote; `ConfigError` for anything else."""
     if depth > MAX_DEPTH:
         raise ConfigError(f"the composition is more than {MAX_DEPTH} levels deep")
@@ -395,21 +430,31 @@ def from_plain(value: Any, depth: int = 1) -> Node:
                 raise ConfigError(f"{_shown(term)} is no term of a sum", fix='give {"weight": …, "of": …}')
             _exactly(term, {"weight", "of"}, "term")
             weight = term["weight"]
-            weight = gate_from_plain(weight) if isinstance(weight, dict) else weight
-            terms.append((weight, from_plain(term["of"], depth + 1)))
+            weight = gate_from_plain(weight, routers) if isinstance(weight, dict) else weight
+            terms.append((weight, from_plain(term["of"], routers, depth + 1)))
         return Sum(tuple(terms))
-    of = tuple(from_plain(own, depth + 1) for own in _listed(value["of"], kind))
+    of = tuple(from_plain(own, routers, depth + 1) for own in _listed(value["of"], kind))
     if kind == "route":
-        return Route(gate_from_plain(value["gate"]), of)
+        return Route(gate_from_plain(value["gate"], routers), of)
     return Mean(of) if kind == "mean" else Chain(of)
 
 
-def gate_from_plain(value: Any) -> Gate:
-    """The gate with these fields, all of which must be there."""
+def gate_from_plain(value: Any, routers: Routers) -> Gate:
+    """The gate with these fields, all of which must be there; those of a router have two more."""
     if not isinstance(value, dict):
         raise ConfigError(f"{_shown(value)} is no gate")
-    _exactly(value, {f.name for f in fields(Gate)}, "gate")
-    return Gate(**value)
+    own = {key: v for key, v in value.items() if key not in ("router", "way")}
+    _exactly(own, {"name", "per", "reads", "outputs"}, "gate")
+    if "router" not in value:
+        return Gate(**own, way=value.get("way"))
+    told = value["router"]
+    if not isinstance(told, dict) or not isinstance(told.get("options"), dict):
+        raise ConfigError(f"{_shown(told)} is no router")
+    _exactly(told, {"name", "options"}, "router")
+    if not isinstance(told["name"], str):
+        raise ConfigError(f"a router is called {_shown(told['name'])}")
+    by = options.build(routers(told["name"]), told["options"], owner=f"router {told['name']!r}")
+    return Gate(**own, by=by, way=value.get("way"))
 
 
 def _exactly(value: dict[str, Any], entries: Collection[str], what: str) -> None:

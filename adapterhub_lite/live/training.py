@@ -19,7 +19,8 @@ Rule = Literal["before_step", "after_step"]
 def param_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     """The groups of the active adapters, as their methods say, of the gates, and of what was unfrozen of the base."""
     groups: list[dict[str, Any]] = []
-    for name in state_of(model).active:
+    state = state_of(model)
+    for name in state.active if state.trains == "all" else ():
         method, params = state_of(model).methods[name], dict[str, list[nn.Parameter]]()
         for part in parts_of(model, name):
             for tensor in part.trained:
@@ -29,12 +30,12 @@ def param_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
         if given != sorted(id(p) for ps in params.values() for p in ps):
             raise PluginError(f"groups() of method {method.name!r} does not give each parameter exactly once")
         groups += [group for group in own if group["params"]]
-    on = {gate.name for gate in compose.gates(state_of(model).composition)}
+    on = {gate.name for gate in compose.gates(state.composition)}
     parts = [gate for _, slot in slots(model) for name, gate in slot.gates.items() if name in on]
-    gates = [p for gate in parts for p in gate.parameters()]
+    gates = [gate.get_parameter(tensor) for gate in parts for tensor in gate.learns]
     groups += [{"params": gates, "lr": lr}] if gates else []
     if not groups:
-        raise ConfigError("no active adapter has anything to train", fix="activate one")
+        raise ConfigError("nothing that is active can be trained", fix="activate an adapter, or a gate")
     unfrozen = {id(p): p for p in base_parameters(model) if p.requires_grad}
     return [*groups, {"params": list(unfrozen.values()), "lr": lr}] if unfrozen else groups
 
