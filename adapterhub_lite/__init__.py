@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .compare import diff as diff
     from .compose import Base as Base
     from .compose import Chain as Chain
+    from .compose import Fuse as Fuse
     from .compose import Gate as Gate
     from .compose import Mean as Mean
     from .compose import Route as Route
@@ -64,6 +65,7 @@ _HOME = {
     "diff": "compare",
     "Base": "compose",
     "Chain": "compose",
+    "Fuse": "compose",
     "Gate": "compose",
     "Mean": "compose",
     "Route": "compose",

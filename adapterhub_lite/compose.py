@@ -8,6 +8,7 @@ At each layer a tree maps the layer's input x and an output v to another output;
     Mean        the same with 1/N
     Chain       fₙ(… f₁(v)), with the same x for all
     Route       v + Σ gᵢ(x) (fᵢ(v) − v), with weights from a trained gate, or a router, that add up to 1
+    Fuse        v + V Σ aᵢ (fᵢ(v) − v), attention from v over what the adapters add: AdapterFusion
     Rows        each row of a batch its own; the root alone can be this
 
 Nothing here imports torch: trees are made, read and written without a model.
@@ -34,7 +35,8 @@ class Gate:
     `gate * use("a")` is a term whose weight it is. h is the layer's input, or with `reads="output"` what the term
     begins with. With `per="sample"` it is the mean over a sample's tokens, with `per="token"` each token has its own.
     A gate of several `outputs` belongs to a `Route`, and is a softmax over them, or what the router `by` makes of the
-    input; `adapters.add_router` makes that. `way` is one way of a router by itself: see `Route.alone`.
+    input; `adapters.add_router` makes that. `way` is one way of a router by itself: see `Route.alone`. One that
+    `fuses` has the tensors of a `Fuse`, and `adapters.add_fusion` makes it.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Gate:
     outputs: int = 1
     by: Router | None = None
     way: int | None = None
+    fuses: bool = False
 
     def __post_init__(self) -> None:
         options.validate(self, owner=f"gate {self.name!r}")
@@ -50,6 +53,8 @@ class Gate:
             raise ConfigError(f"a gate of {self.outputs} outputs weighs nothing", where=self.name, fix="give one")
         if self.by is not None and self.reads != "input":
             raise ConfigError(f"router {self.by.name!r} reads the layer's input", where=self.name)
+        if self.fuses and (self.per, self.reads, self.by) != ("token", "output", None):
+            raise ConfigError("a fusion reads the output, token by token", where=self.name)
         if self.way is not None and (self.by is None or not 0 <= self.way < self.outputs):
             what = f"a gate of {self.outputs} outputs has no way {self.way} that could be on alone"
             raise ConfigError(what, where=self.name, fix="make the router with adapters.add_router()")
@@ -121,6 +126,8 @@ class Sum(Node):
         _children([node for _, node in _pairs(self.terms)], "Sum")
         for weight, _ in self.terms:
             if isinstance(weight, Gate):
+                if weight.fuses:
+                    raise ConfigError(f"the fusion {weight.name!r} is no weight of a term", fix="give it to a Fuse")
                 if weight.outputs != 1 and weight.way is None:
                     what = f"the gate {weight.name!r} has {weight.outputs} outputs, and a term has one weight"
                     raise ConfigError(what, fix="give it to a Route")
@@ -167,12 +174,33 @@ class Route(Node):
                 f"the gate {self.gate.name!r} has {self.gate.outputs} outputs for {len(self.of)} ways",
                 fix=f"make one with outputs={len(self.of)}",
             )
+        if self.gate.fuses:
+            raise ConfigError(f"the fusion {self.gate.name!r} is no gate", fix="give it to a Fuse")
         if self.gate.way is not None:
             raise ConfigError(f"{self.gate.name!r} is one way by itself, and a Route has all", fix="give the gate")
 
     def alone(self, way: int) -> Sum:
         """The way of that number by itself, weighed by what its router trains: see `Router.alone`."""
         return replace(self.gate, way=way) * self.of[way]
+
+
+@dataclass(frozen=True)
+class Fuse(Node):
+    """v + V Σ aᵢ uᵢ, where uᵢ = fᵢ(v) − v and a is the softmax of (Q v + q) · K uᵢ: AdapterFusion.
+
+    Ways that add nothing at a layer are left out there. `adapters.add_fusion` makes it.
+    """
+
+    gate: Gate
+    of: tuple[Node, ...]
+
+    def __post_init__(self) -> None:
+        _children(self.of, "Fuse")
+        if not isinstance(self.gate, Gate) or not self.gate.fuses:
+            raise ConfigError(f"{self.gate!r} is not a fusion", fix="make one with adapters.add_fusion()")
+        if self.gate.outputs != len(self.of):
+            what = f"the fusion {self.gate.name!r} is of {self.gate.outputs} ways, and here are {len(self.of)}"
+            raise ConfigError(what, fix="give those that it was made for")
 
 
 @dataclass(frozen=True)
@@ -247,7 +275,7 @@ def children(node: Node) -> tuple[Node, ...]:
     """Those right below."""
     if isinstance(node, Sum):
         return tuple(child for _, child in node.terms)
-    return node.of if isinstance(node, (Mean, Chain, Route, Rows)) else ()
+    return node.of if isinstance(node, (Mean, Chain, Route, Fuse, Rows)) else ()
 
 
 def nodes(node: Node) -> Iterator[Node]:
@@ -281,7 +309,7 @@ def ways(node: Node) -> dict[str, set[int | None]]:
 
 def _gates(node: Node) -> Iterator[Gate]:
     for own in nodes(node):
-        if isinstance(own, Route):
+        if isinstance(own, (Route, Fuse)):
             yield own.gate
         elif isinstance(own, Sum):
             yield from (weight for weight, _ in own.terms if isinstance(weight, Gate))
@@ -355,9 +383,9 @@ def reduced(node: Node, here: Collection[str]) -> Node:
     if isinstance(node, Chain):
         links = [own for child in node.of if not isinstance(own := reduced(child, here), Base)]
         return Base() if not links else links[0] if len(links) == 1 else Chain(tuple(links))
-    if isinstance(node, Route):
+    if isinstance(node, (Route, Fuse)):
         ways = tuple(reduced(own, here) for own in node.of)
-        return Base() if all(isinstance(own, Base) for own in ways) else Route(node.gate, ways)
+        return Base() if all(isinstance(own, Base) for own in ways) else type(node)(node.gate, ways)
     if isinstance(node, Rows):
         each = tuple(reduced(own, here) for own in node.of)
         return Base() if all(isinstance(own, Base) for own in each) else Rows(each)
@@ -386,8 +414,8 @@ def plain(node: Node) -> dict[str, Any]:
     if isinstance(node, Rows):
         raise ConfigError("rows of a batch are no composition to keep", fix="save the composition of one row")
     of = [plain(own) for own in children(node)]
-    if isinstance(node, Route):
-        return {"kind": "route", "gate": _plain_gate(node.gate), "of": of}
+    if isinstance(node, (Route, Fuse)):
+        return {"kind": type(node).__name__.lower(), "gate": _plain_gate(node.gate), "of": of}
     return {"kind": type(node).__name__.lower(), "of": of}
 
 
@@ -395,6 +423,8 @@ def _plain_gate(gate: Gate) -> dict[str, Any]:
     own: dict[str, Any] = {"name": gate.name, "per": gate.per, "reads": gate.reads, "outputs": gate.outputs}
     if gate.by is not None:
         own["router"] = {"name": gate.by.name, "options": options.plain(gate.by)}
+    if gate.fuses:
+        own["fuses"] = True
     return own if gate.way is None else {**own, "way": gate.way}
 
 
@@ -405,6 +435,7 @@ _ENTRIES = {
     "mean": {"of"},
     "chain": {"of"},
     "route": {"gate", "of"},
+    "fuse": {"gate", "of"},
 }
 
 
@@ -434,19 +465,21 @@ def from_plain(value: Any, routers: Routers, depth: int = 1) -> Node:
             terms.append((weight, from_plain(term["of"], routers, depth + 1)))
         return Sum(tuple(terms))
     of = tuple(from_plain(own, routers, depth + 1) for own in _listed(value["of"], kind))
-    if kind == "route":
-        return Route(gate_from_plain(value["gate"], routers), of)
+    if kind in ("route", "fuse"):
+        gate = gate_from_plain(value["gate"], routers)
+        return Route(gate, of) if kind == "route" else Fuse(gate, of)
     return Mean(of) if kind == "mean" else Chain(of)
 
 
 def gate_from_plain(value: Any, routers: Routers) -> Gate:
-    """The gate with these fields, all of which must be there; those of a router have two more."""
+    """The gate with these fields, all of which must be there; routers and fusions have more."""
     if not isinstance(value, dict):
         raise ConfigError(f"{_shown(value)} is no gate")
-    own = {key: v for key, v in value.items() if key not in ("router", "way")}
+    more = {key: value[key] for key in ("way", "fuses") if key in value}
+    own = {key: v for key, v in value.items() if key not in ("router", *more)}
     _exactly(own, {"name", "per", "reads", "outputs"}, "gate")
     if "router" not in value:
-        return Gate(**own, way=value.get("way"))
+        return Gate(**own, **more)
     told = value["router"]
     if not isinstance(told, dict) or not isinstance(told.get("options"), dict):
         raise ConfigError(f"{_shown(told)} is no router")
@@ -454,7 +487,7 @@ def gate_from_plain(value: Any, routers: Routers) -> Gate:
     if not isinstance(told["name"], str):
         raise ConfigError(f"a router is called {_shown(told['name'])}")
     by = options.build(routers(told["name"]), told["options"], owner=f"router {told['name']!r}")
-    return Gate(**own, by=by, way=value.get("way"))
+    return Gate(**own, **more, by=by)
 
 
 def _exactly(value: dict[str, Any], entries: Collection[str], what: str) -> None:

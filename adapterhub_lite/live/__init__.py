@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import compose
 from ..adapter import Adapter, load
-from ..compose import Composition, Gate, Node, Route
+from ..compose import Composition, Fuse, Gate, Node, Route
 from ..errors import AdapterError, ConfigError, UnknownName, nearest
 from ..protocol import Method
 from ..routing import Router
@@ -267,6 +267,22 @@ class Adapters:
         route = Route(Gate(name, per, "input", len(nodes), router), nodes)
         self._place(route.gate, compose.names(route), nodes, seed)
         return route
+
+    def add_fusion(self, name: str, of: Sequence[Composition], *, seed: int = 0) -> Fuse:
+        """AdapterFusion over the adapters or compositions `of`: attention from a layer's output over what each adds.
+
+        Its tensors, at every layer of theirs, are trained while it is on; `activate(fuse, train="gates")` freezes the
+        adapters, as the paper does, and `penalty` then has 0.01 ‖I − V‖² of each layer. At first the weights are nearly
+        even, and V nearly the identity.
+        """
+        self._refuse_merged("add a fusion")
+        self._check_new(name)
+        nodes = tuple(compose.tree(own) for own in of)
+        if any(not compose.names(own) for own in nodes):
+            raise ConfigError("the base adds nothing that could be fused", where=name, fix="give adapters")
+        fuse = Fuse(Gate(name, "token", "output", len(nodes), fuses=True), nodes)
+        self._place(fuse.gate, compose.names(fuse), nodes, seed)
+        return fuse
 
     def remove(self, name: str) -> None:
         """Take adapter or gate `name` off. Without adapters the model is as it was: hooks, names, what is trainable.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..site import Site
 
 STD = 0.02  # of W at the start, as in the papers that have gates
+OFF_DIAGONAL, PULL = 1e-6, 0.01  # of V at the start, and how it is kept there: as in AdapterHub's library
 
 
 class GatePart(nn.Module):
@@ -49,6 +50,14 @@ class GatePart(nn.Module):
         With `way`, of that way alone: (…, 1).
         """
         h = x if self.gate.reads == "input" else v
+        self.check(h)
+        g = self.by_token(h.to(next(self.parameters()).dtype), way)
+        if self.gate.per == "token" or g.ndim < 3:
+            return g
+        return g.mean(dim=tuple(range(1, g.ndim - 1)), keepdim=True)
+
+    def check(self, h: Tensor) -> None:
+        """Raise for what it cannot read."""
         if not h.is_floating_point() or h.shape[-1] != self.width:
             raise AdapterError(
                 f"the gate {self.gate.name!r} gets a tensor {list(h.shape)} of {h.dtype}, and was made for the width "
@@ -56,10 +65,6 @@ class GatePart(nn.Module):
                 where=self.site.name,
                 fix='make one that reads the other end, reads="output" or "input"',
             )
-        g = self.by_token(h.to(next(self.parameters()).dtype), way)
-        if self.gate.per == "token" or g.ndim < 3:
-            return g
-        return g.mean(dim=tuple(range(1, g.ndim - 1)), keepdim=True)
 
     def of_samples(self, x: Tensor) -> Tensor:
         """One weight for each sample (batch,), of a gate by sample with one output."""
@@ -121,6 +126,37 @@ class Routing(GatePart):
         return [name for i in on for name in self.names[i].values() if name in self.trained]
 
 
+class Fusion(GatePart):
+    """AdapterFusion's Q, K and V (width, width) and q (width,). The key's bias would be the same for all ways."""
+
+    def __init__(self, gate: Gate, site: Site, seed: int) -> None:
+        super().__init__(gate, site)
+        rng = generator(seed, f"{site.name}:{gate.name}")
+        for name in "QK":
+            self.place(name, STD * torch.randn(self.width, self.width, generator=rng))
+        self.place("q", torch.zeros(self.width))
+        self.place("V", torch.full((self.width, self.width), OFF_DIAGONAL).fill_diagonal_(1.0))
+
+    Q: nn.Parameter
+    K: nn.Parameter
+    q: nn.Parameter
+    V: nn.Parameter
+
+    def fused(self, v: Tensor, changes: Sequence[Tensor]) -> Tensor:
+        """V Σ aᵢ uᵢ for an output v (…, width) and what each way adds to it, (…, width) each."""
+        self.check(v)
+        asked = F.linear(v.to(self.Q.dtype), self.Q, self.q) @ self.K  # (…, width): its product with uᵢ is q · K uᵢ
+        a = torch.stack([(asked * u).sum(-1) for u in changes], dim=-1).softmax(-1)  # (…, ways)
+        return F.linear(sum((a[..., i : i + 1] * u for i, u in enumerate(changes)), torch.zeros_like(asked)), self.V)
+
+    def penalty(self) -> Tensor:
+        """0.01 ‖I − V‖²."""
+        return PULL * (torch.eye(self.width, device=self.V.device, dtype=self.V.dtype) - self.V).square().sum()
+
+    def learned(self, ways: Collection[int | None]) -> Collection[str]:
+        return ("Q", "K", "q", "V") if ways else ()
+
+
 class OneWay(NamedTuple):
     """One way of a router by itself."""
 
@@ -141,6 +177,8 @@ class OneWay(NamedTuple):
 
 def gate_part(gate: Gate, site: Site, seed: int, deltas: Sequence[Delta] | None = None) -> GatePart:
     """A gate's tensors at a site as they begin; `deltas` are what the ways of a router add to the weight there."""
+    if gate.fuses:
+        return Fusion(gate, site, seed)
     if gate.by is None:
         return Net(gate, site, seed)
     if deltas is None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 from .. import compose
 from ..errors import ConfigError
-from .gating import GatePart, OneWay
+from .gating import Fusion, GatePart, OneWay
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,17 @@ class Routed(NamedTuple):
         return total
 
 
-Program: TypeAlias = "Leaf | Added | Chained | Routed | Batch"
+class Fused(NamedTuple):
+    """v + V Σ aᵢ (fᵢ(v) − v); ways that lead through nothing are left out."""
+
+    gate: Fusion
+    ways: tuple[Program, ...]
+
+    def run(self, call: Call, v: Tensor) -> Tensor:
+        return v + self.gate.fused(v, [own.run(call, v) - v for own in self.ways])
+
+
+Program: TypeAlias = "Leaf | Added | Chained | Routed | Fused | Batch"
 
 
 def program(node: compose.Node, parts: Mapping[str, Part], gates: Mapping[str, GatePart]) -> Program:
@@ -94,6 +104,9 @@ def program(node: compose.Node, parts: Mapping[str, Part], gates: Mapping[str, G
     if isinstance(node, compose.Route):
         ways = ((i, own) for i, own in enumerate(node.of) if not isinstance(own, compose.Base))
         return Routed(gates[node.gate.name], tuple((i, program(own, parts, gates)) for i, own in ways))
+    if isinstance(node, compose.Fuse):
+        own_ways = (program(own, parts, gates) for own in node.of if not isinstance(own, compose.Base))
+        return Fused(cast("Fusion", gates[node.gate.name]), tuple(own_ways))
     return Chained(tuple(program(own, parts, gates) for own in compose.children(node)))
 
 

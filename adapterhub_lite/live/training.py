@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import compose
 from ..errors import ConfigError, PluginError
+from .gating import Fusion
 from .tree import Part, base_modules, slots, state_of
 
 Rule = Literal["before_step", "after_step"]
@@ -77,7 +78,7 @@ def _run(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule) -> None
 
 
 def penalty(model: nn.Module) -> Tensor:
-    """The sum of what the methods of the active adapters add to the loss."""
+    """The sum of what the methods of the active adapters, and fusions that are on, add to the loss."""
     found = [
         term
         for name in state_of(model).active
@@ -85,6 +86,9 @@ def penalty(model: nn.Module) -> Tensor:
         for part in parts_of(model, name)
         if (term := part.method.penalty(part.params(), part.site)) is not None
     ]
+    on = {gate.name for gate in compose.gates(state_of(model).composition)}
+    fusions = (own for _, slot in slots(model) for name, own in slot.gates.items() if name in on)
+    found += [own.penalty() for own in fusions if isinstance(own, Fusion)]
     return torch.stack([term.float() for term in found]).sum() if found else torch.zeros(())
 
 
