@@ -28,8 +28,9 @@ from .kept import Kept
 from .merging import merge, unmerge
 from .program import program, refuse, wrapping
 from .summary import Summary, summary
+from .swapping import reserved, swap
 from .targets import select
-from .training import param_groups, penalty, register
+from .training import param_groups, parts_of, penalty, register
 from .tree import (
     STATE,
     Around,
@@ -139,17 +140,35 @@ class Adapters:
             parts.append(Part(here, site, tensors, trained(tensors), common))
         self._attach(name, method, parts, common)
 
-    def load(self, ref: str | Path | Adapter, name: str, *, any_base: bool = False) -> None:
+    def load(self, ref: str | Path | Adapter, name: str, *, any_base: bool = False, reserve: int | None = None) -> None:
         """The adapter in the folder `ref`, or the value `ref`, as adapter `name`. The first on a model is active.
 
         Strict: each layer that it adapts must be there, of the same kind and shape, and hold the weights that it was
         trained on, as far as the file tells; `any_base` takes other weights. A sum is computed now, and its tensors
-        are float32, or float64 where the weight is.
+        are float32, or float64 where the weight is. With `reserve` a low-rank adapter is held as a LoRA of that rank,
+        padded with zeros and with its scale in B: `hotswap` then takes any up to that rank.
         """
         self._refuse_merged("load an adapter")
         self._check_new(name)
         value = ref if isinstance(ref, Adapter) else load(ref)
-        self._attach(name, *read(self.model, value, ref, any_base=any_base))
+        method, parts, common = read(self.model, value, ref, any_base=any_base)
+        if reserve is not None:
+            method, parts = reserved(parts, reserve)
+            common = None
+        self._attach(name, method, parts, common)
+
+    def hotswap(self, name: str, ref: str | Path | Adapter, *, any_base: bool = False) -> None:
+        """Put the tensors of the adapter in the folder `ref`, or of the value `ref`, in the place of those of `name`.
+
+        They are copied into the same memory, and nothing that was compiled is compiled anew. Into a LoRA any low-rank
+        change fits that is at no other layers and of no higher rank: smaller ones are padded with zeros, other scales
+        multiplied into B. Of other methods only an adapter with the same options. Nothing is changed where one does
+        not fit, and that is `ConfigError`.
+        """
+        self._refuse_merged("swap an adapter")
+        self._known(name)
+        value = ref if isinstance(ref, Adapter) else load(ref)
+        swap(name, parts_of(self.model, name), read(self.model, value, ref, any_base=any_base)[1])
 
     def save(
         self, name: str, out: str | Path, *, dtype: torch.dtype | None = None, force: bool = False
