@@ -94,8 +94,13 @@ def planned(
     terms = adapter.terms
     named = [(_weights(source, i, w, terms, at or {}), source) for i, (w, source) in enumerate(terms)]
     found = layers(model, named)
-    agreed = common(WeightedSum(terms).contents, any_base=any_base, keep=keep)
-    wholes = _apart(found, _wholes(model, agreed.kept, agreed.kept_options, terms))
+    active = tuple(
+        (w, source) for (w, source), (weights, _) in zip(terms, named, strict=True) if w != 0 or any(weights.values())
+    )
+    wholes: tuple[Whole, ...] = ()
+    if active:
+        agreed = common(WeightedSum(active).contents, any_base=any_base, keep=keep)
+        wholes = _apart(found, _wholes(model, agreed.kept, agreed.kept_options, active))
     if not found and not wholes:
         raise NotMergeable("nothing is left to fold: all weights are zero", fix="give a weight that is not zero")
     return Plan(model, terms, at or {}, found, wholes)
