@@ -10,15 +10,15 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ..base_model import BaseModel
 from ..checkpoint import sha256
-from ..errors import FileError
+from ..errors import ConfigError, FileError, nearest
 from ..staging import staged
 from . import manifest
 from .copying import copied, linked
@@ -30,11 +30,13 @@ from .shards import Done, Job, Shard, fold_shard, lay_out
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
+    from ..per_site import Weight
     from ..site import Site
 
 MOST_THREADS = 8  # each has some 30 MB in work
 
 Progress = Callable[[int, int], None]
+Rounded = Literal["nearest", "stochastic"]
 
 
 def fold(
@@ -42,8 +44,9 @@ def fold(
     adapter: Adapter,
     out: str | os.PathLike[str],
     *,
-    at: Mapping[str, Sequence[float]] | None = None,
-    stochastic: int | None = None,
+    weights: Sequence[Weight] | None = None,
+    rounding: Rounded = "nearest",
+    seed: int = 0,
     link: bool = False,
     resume: bool = False,
     force: bool = False,
@@ -55,27 +58,31 @@ def fold(
     """Write the model in the folder `base`, with `adapter` folded into its weights, to the folder `out`.
 
     Every touched number is that of W + Σ wᵢ (Wᵢ − W), computed in float64 and rounded once to the base's dtype: to the
-    nearest, or with a seed for `stochastic` to one of its neighbours at random, so that small changes survive on
-    average.
+    nearest, or with `rounding="stochastic"` to one of its neighbours at random, by the `seed`, so that small changes
+    survive on average.
 
-    `at`: weights of the terms, in their order, at the modules that a glob names, instead of the sum's own; where two
-    globs name one module, the later holds. `link`: files without a touched tensor are linked, not copied. `resume`: go
-    on with what an interrupted run of the same work left. `force`: replace an `out` that an earlier call wrote.
-    `any_base`: do not compare the sketches of the base. `keep`: as for `Adapter.save`. `executor`: where the shards are
-    folded, a task each; by default threads of this process. `progress(done, total)` is told bytes.
+    `weights`: of the terms of a sum, in their order, in place of its own; as for `merge`, one may be a mapping from
+    patterns of site names to numbers, or to several along the layers. `link`: files without a touched tensor are
+    linked, not copied. `resume`: go on with what an interrupted run of the same work left. `force`: replace an `out`
+    that an earlier call wrote. `any_base`: do not compare the sketches of the base. `keep`: as for `Adapter.save`.
+    `executor`: where the shards are folded, a task each; by default threads of this process. `progress(done, total)`
+    is told bytes.
 
     Raises `NotMergeable` where no result would be right, `UnknownName` for a site that the base does not have,
     `FileError` for files that are broken or of another base, and `OutputExists`.
     """
+    if rounding not in get_args(Rounded):
+        raise ConfigError(f"rounding {rounding!r} is not known", fix=nearest(str(rounding), get_args(Rounded)))
     model, out = BaseModel.open(base), Path(out)
     _refuse_same(out, model.folder)
     with staged(out, force=force, replaceable=_ours, keep=begun, resume=resume) as folder:
-        plan = planned(model, adapter, at=at, any_base=any_base, keep=keep)
-        journal = Journal(folder, plan.work(stochastic))
+        plan = planned(model, adapter, weights=weights, any_base=any_base, keep=keep)
+        drawn = seed if rounding == "stochastic" else None
+        journal = Journal(folder, plan.work(drawn))
         _clear(folder, journal)
         _check_space(folder, plan, journal, link)
         journal.begin()
-        run = _Run(plan, folder, journal, link=link, seed=stochastic, any_base=any_base, progress=progress)
+        run = _Run(plan, folder, journal, link=link, seed=drawn, any_base=any_base, progress=progress)
         result = run.on(executor)
         journal.remove()
         manifest.write(result, folder)

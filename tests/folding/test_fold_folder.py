@@ -155,14 +155,15 @@ def test_default_weights_are_said_aloud(adapter: Command, tmp_path: Path) -> Non
 def test_weights_by_module(adapter: Command, tmp_path: Path) -> None:
     folder = base(tmp_path / "base")
     parts = [write_lora(tmp_path / key, LAYERS, seed=i) for i, key in enumerate("ab")]
-    words = ["-w", "0.7", "-0.3", "--at", "*.up=0.5,-1", "--at", "net.1.*=0,2", "--stochastic", "4"]
+    words = ["-w", "0.7", "-0.3", "--at", "*.up=0.5,-1", "--at", "net.1.*=0,2"]
+    words += ["--rounding", "stochastic", "--rounding-seed", "4"]
     done = adapter("merge", *parts, "--into", folder, "-o", tmp_path / "out", *words, "--json")
     assert done.code == 0, done
     a, b = map(ah.load, parts)
-    at = {"*.up": [0.5, -1], "net.1.*": [0, 2]}
-    ah.fold(folder, 0.7 * a - 0.3 * b, tmp_path / "want", at=at, stochastic=4)
+    own = [{"*.up": 0.5, "net.1.*": 0.0, "*": 0.7}, {"*.up": -1.0, "net.1.*": 2.0, "*": -0.3}]
+    ah.fold(folder, a + b, tmp_path / "want", weights=own, rounding="stochastic", seed=4)
     assert digests(tmp_path / "out") == digests(tmp_path / "want")
-    assert done.json["recipe"]["at"] == at
+    assert [term["weight"] for term in done.json["recipe"]["of"]["terms"]] == own
 
 
 def test_a_truncated_sum_is_folded(adapter: Command, tmp_path: Path) -> None:

@@ -248,9 +248,10 @@ def test_weights_by_module(tmp_path: Path) -> None:
     names = {f"l.{i}.{which}": (9, 5) for i in range(3) for which in ("q", "mlp.up")}
     parts = [write_lora(tmp_path / key, names, seed=i) for i, key in enumerate("ab")]
     folder = write_model(tmp_path / "base", {f"{n}.weight": draw(9, 5, seed=i) for i, n in enumerate(names)})
-    at = {"*.mlp.*": [0.5, 2], "l.1.*": [-1, 0], "l.2.q": [0, 0]}
+    at = {"l.2.q": [0, 0], "l.1.*": [-1, 0], "*.mlp.*": [0.5, 2], "*": [0.7, 0.3]}  # the first that matches counts
+    own = [{glob: weights[i] for glob, weights in at.items()} for i in (0, 1)]
     a, b = map(ah.load, parts)
-    result = ah.fold(folder, 0.7 * a + 0.3 * b, tmp_path / "out", at=at)
+    result = ah.fold(folder, a + b, tmp_path / "out", weights=own)
     expected = {
         "l.0.q": [0.7, 0.3], "l.0.mlp.up": [0.5, 2], "l.1.q": [-1, 0], "l.1.mlp.up": [-1, 0], "l.2.q": [0, 0],
         "l.2.mlp.up": [0.5, 2],
@@ -261,13 +262,13 @@ def test_weights_by_module(tmp_path: Path) -> None:
         want = rounded(old[f"{name}.weight"].double().numpy() + delta, torch.float32)
         assert same_bits(got[f"{name}.weight"], want), name
     assert sorted(result.modules) == sorted(expected.keys() - {"l.2.q"})
-    assert result.recipe["at"] == {glob: list(map(float, weights)) for glob, weights in at.items()}
+    assert [term["weight"] for term in result.recipe["of"]["terms"]] == own
 
 
 def test_vera_without_projections_where_a_layer_has_weight_zero(tmp_path: Path) -> None:
     """Its matrices depend on the largest layer, which need not be one that changes."""
     part, base, want = trained("vera without projections", tmp_path / "a")
-    ah.fold(write_model(tmp_path / "base", base), ah.load(part), tmp_path / "out", at={"wide": [0]})
+    ah.fold(write_model(tmp_path / "base", base), ah.load(part), tmp_path / "out", weights=[{"wide": 0, "*": 1}])
     got = tensors_of(tmp_path / "out")
     assert same_bits(got["wide.weight"], base["wide.weight"])
     for name in ("tall.weight", "square.weight", "plain.weight"):
@@ -353,7 +354,9 @@ def test_a_method_without_rows(tmp_path: Path, by_inputs: bool, monkeypatch: pyt
 
 def test_the_recipe_says_how(tmp_path: Path) -> None:
     part, base, _ = trained("lora", tmp_path / "a")
-    result = ah.fold(write_model(tmp_path / "base", base), 0.25 * ah.load(part), tmp_path / "out", stochastic=9)
+    result = ah.fold(
+        write_model(tmp_path / "base", base), 0.25 * ah.load(part), tmp_path / "out", rounding="stochastic", seed=9
+    )
     recipe = result.recipe
     assert (recipe["rule"], recipe["rounding"], recipe["seed"]) == ("fold", "stochastic", 9)
     assert [term["weight"] for term in recipe["of"]["terms"]] == [0.25]

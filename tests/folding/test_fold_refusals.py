@@ -435,20 +435,19 @@ def test_a_link_that_fails(adapter: Command, tmp_path: Path, number: str, monkey
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--at *.q=1", "--at is for --into BASE"),
-        ("--stochastic 1", "--stochastic is for --into BASE"),
-        ("--stochastic 0", "--stochastic is for --into BASE"),
+        ("--rounding stochastic", "--rounding is for --into BASE"),
+        ("--rounding-seed 0", "--rounding-seed is for --into BASE"),
         ("--link", "--link is for --into BASE"),
         ("--resume", "--resume is for --into BASE"),
         ("--executor dask://x:1", "--executor is for --into BASE"),
         ("--into base --dtype bf16", "--dtype is for adapters"),
         ("--into base --report r.html", "--report is about merged adapters"),
         ("--into base --at *.q", "--at '*.q'"),
-        ("--into base --at *.q=1,2", "a weight for each of the 1 adapters"),
+        ("--into base --at *.q=1,2", "1 weights, one an adapter"),
         ("--into base --at *.q=", "--at '*.q='"),
         ("--into base --at *.q=x", "--at '*.q=x'"),
         ("--into base --at =1", "--at '=1'"),
-        ("--into base --stochastic x", "stochastic"),
+        ("--into base --rounding x", "stochastic"),
         ("--into base --executor x", "is no dask://HOST:PORT"),
     ],
 )
@@ -478,8 +477,8 @@ def test_weights_by_module_that_are_wrong(adapter: Command, tmp_path: Path, at: 
 
 def test_weights_by_module_for_too_many(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", tensors())
-    with pytest.raises(ah.ConfigError, match="2 weights at"):
-        ah.fold(base, ah.load(part_of(tmp_path)), tmp_path / "out", at={"*": [1, 2]})
+    with pytest.raises(ah.ConfigError, match="2 weights for 1 adapters"):
+        ah.fold(base, ah.load(part_of(tmp_path)), tmp_path / "out", weights=[{"*": 1}, 2])
 
 
 def test_no_output_named(adapter: Command, tmp_path: Path) -> None:
