@@ -52,6 +52,8 @@ def layers(base: BaseModel, terms: Iterable[tuple[Mapping[str, float], Source]])
     by_inputs = _by_inputs(known.values())
     found: dict[str, Layer] = {}
     for i, (weights, source) in enumerate(terms):
+        if not any(weights.values()):
+            continue
         label = next(iter(source.contents))
         gives_delta(source)
         rename = renaming(source, base)

@@ -93,9 +93,14 @@ def planned(
 ) -> Plan:
     """What folding `adapter` into `model` will do. Raises as `fold` does, for all that headers tell."""
     terms = _weighed(adapter, weights)
-    found = layers(model, [(_by_site(weight, source), source) for weight, source in terms])
-    agreed = common(labelled([source for _, source in terms]), any_base=any_base, keep=keep)
-    wholes = _apart(found, _wholes(model, agreed.kept, agreed.kept_options, [source for _, source in terms]))
+    named = [(_by_site(weight, source), source) for weight, source in terms]
+    found = layers(model, named)
+    weighed = zip(terms, named, strict=True)
+    active = [source for (w, source), (own, _) in weighed if any(own.values()) or (not own and w != 0)]
+    wholes: tuple[Whole, ...] = ()
+    if active:
+        agreed = common(labelled(active), any_base=any_base, keep=keep)
+        wholes = _apart(found, _wholes(model, agreed.kept, agreed.kept_options, active))
     if not found and not wholes:
         raise NotMergeable("nothing is left to fold: all weights are zero", fix="give a weight that is not zero")
     return Plan(model, terms, found, wholes)

@@ -212,6 +212,10 @@ def test_at_random_by_the_seed(tmp_path: Path, abc: list[Path]) -> None:
         ah.fold(folder, ah.load(abc[0]), tmp_path / name, rounding="stochastic", seed=seed)
     x, y, z = (digests(tmp_path / name)["model.safetensors"] for name in "xyz")
     assert x == y != z
+    files = base(tmp_path / "files", torch.bfloat16, 3)
+    ah.fold(files, ah.load(abc[0]), tmp_path / "w", rounding="stochastic", seed=0)
+    one, three = tensors_of(tmp_path / "x"), tensors_of(tmp_path / "w")
+    assert all(same_bits(one[name], three[name]) for name in one)
 
 
 def test_sizes_at_the_ends(dtype: torch.dtype) -> None:
