@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .errors import PluginError as PluginError
     from .errors import UnknownName as UnknownName
     from .folding import fold as fold
+    from .folding.verify import verify as verify
     from .hookspecs import hookimpl as hookimpl
     from .live import adapt as adapt
     from .protocol import Method as Method
@@ -56,6 +57,7 @@ _HOME = {
     "PluginError": "errors",
     "UnknownName": "errors",
     "fold": "folding",
+    "verify": "folding.verify",
     "hookimpl": "hookspecs",
     "adapt": "live",
     "Method": "protocol",

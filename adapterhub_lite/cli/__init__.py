@@ -21,6 +21,7 @@ COMMANDS = {
     "info": ("info", "What an adapter is: method, base, rank, sites, size, how it was made."),
     "merge": ("merge", "Adapters into one: the exact weighted sum, or its best truncation."),
     "diff": ("diff", "How like adapters are: norms, cosine, overlap, spectra; an HTML page."),
+    "verify": ("verify", "Whether a folded model is still what was written."),
     "convert": ("convert", "A folder of another dialect, AdapterHub's say, in PEFT's layout."),
     "plugin": ("plugin", "Write a plugin package, and check it."),
     "demo": ("demo", "Train two adapters on a small model, merge them, look at what happened."),
