@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from ..base_model import BaseModel
 from ..checkpoint import sha256
 from ..errors import AdapterError, FileError, os_error
+from ..hub import snapshot
 from ..staging import staged, unfinished
 from . import manifest
 from .copying import copied, linked
@@ -58,7 +59,9 @@ def fold(
     executor: Executor | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Folded:
-    """Write the model in the folder `base`, with `adapter` folded into its weights, to the folder `out`.
+    """Write the model `base`, with `adapter` folded into its weights, to the folder `out`.
+
+    `base`: a folder, or `owner/name[@revision]` on the Hub.
 
     Every touched number is that of W + Σ wᵢ (Wᵢ − W), computed in float64 and rounded once to the base's dtype: to the
     nearest, or with a seed for `stochastic` to one of its neighbours at random, so that small changes survive on
@@ -73,7 +76,7 @@ def fold(
     Raises `NotMergeable` where no result would be right, `UnknownName` for a site that the base does not have,
     `FileError` for files that are broken or of another base, and `OutputExists`.
     """
-    model, out = BaseModel.open(base), Path(out)
+    model, out = BaseModel.open(snapshot(base)), Path(out)
     _refuse_same(out, model.folder)
     with _resumable(out, resume), staged(out, force=force, replaceable=_ours, keep=begun, resume=resume) as folder:
         plan = planned(model, adapter, at=at, any_base=any_base, keep=keep)
@@ -235,9 +238,10 @@ def _outcome(future: Future[Done], shard: Shard) -> Done:
         return future.result()
     except (AdapterError, MemoryError):
         raise
-    except OSError as error:
-        raise os_error(error, shard.checkpoint.path) from error
-    except Exception as error:  # whatever an executor makes of a worker that died
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
+            raise os_error(error, shard.checkpoint.path) from error
+        # A fault of ours, or whatever an executor makes of a worker that died.
         raise AdapterError(
             f"a worker failed: {type(error).__name__}: {error}"[:LONGEST],
             where=shard.checkpoint.path,
