@@ -25,6 +25,7 @@ COMMANDS = {
     "resize": ("resize", "One adapter, at a lower rank, error, size or precision."),
     "extract": ("extract", "A LoRA from a full fine-tune: what its weights differ by from the base's."),
     "compile": ("compile", "A composition, sums and chains of adapters, into one plain LoRA."),
+    "verify": ("verify", "Whether a folded model is still what was written."),
     "convert": ("convert", "A folder of another dialect, AdapterHub's say, in PEFT's layout."),
     "plugin": ("plugin", "Write a plugin package, and check it."),
     "demo": ("demo", "Train two adapters on a small model, merge them, look at what happened."),
@@ -109,8 +110,8 @@ def run(args: Sequence[str] | None = None) -> int:
     except click.ClickException as e:
         e.show()
         return e.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("adapter: interrupted", err=True)
+    except (click.Abort, KeyboardInterrupt) as e:
+        click.echo(f"adapter: interrupted; {e}" if str(e) else "adapter: interrupted", err=True)
         return INTERRUPTED
     except AdapterError as e:
         return _failed(str(e))

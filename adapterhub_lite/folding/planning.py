@@ -80,7 +80,8 @@ class Plan:
         """What tells this fold from any other, for a journal: the recipe, and whether the base's files are the same."""
         stats = {name: shard.path.stat() for name, shard in self.model.shards.items()}
         files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-        return {"version": __version__, "recipe": self.recipe(seed), "files": files, "kept": len(self.wholes)}
+        kept = [[w.old.name, str(w.new.path.absolute()), w.new.start, w.rows] for w in self.wholes]
+        return {"version": __version__, "recipe": self.recipe(seed), "files": files, "kept": kept}
 
 
 def planned(

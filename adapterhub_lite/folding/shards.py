@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,11 +61,6 @@ class Shard:
         return [info for info in self.touched if info.name not in in_part]
 
 
-def never() -> bool:
-    """Nobody has stopped it."""
-    return False
-
-
 @dataclass(frozen=True)
 class Job:
     """One shard's work: all that a worker needs, on this machine or another that sees the same files."""
@@ -78,7 +73,6 @@ class Job:
     threads: int
     laid_out: bool = False
     step: Step = no_step
-    stopped: Callable[[], bool] = never
 
 
 class Done(NamedTuple):
@@ -147,11 +141,9 @@ class _Folding:
         return kept
 
     def _one(self, change: Change, span: Span) -> _Piece:
-        if self.job.stopped():
-            raise KeyboardInterrupt
         info = change.layer.weight
         with reading(info.path) as old:
-            stored = _read(old, info, span, change.site)
+            stored = read_part(old, info, span, change.site)
         new, db, kept = change.block(stored, span, self.job.rounding)
         if self.job.shard.has(info):
             _write(self.new, info, new, span, change.site)
@@ -191,7 +183,7 @@ def _runs(info: TensorInfo, span: Span, site: Site) -> Iterator[tuple[int, int]]
         yield at + span.start * size, at + span.stop * size
 
 
-def _read(handle: int, info: TensorInfo, span: Span, site: Site) -> Tensor:
+def read_part(handle: int, info: TensorInfo, span: Span, site: Site) -> Tensor:
     """The part of a weight, as it is stored."""
     import torch
 
@@ -220,7 +212,13 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _put_whole(whole: Whole, job: Job, handle: int) -> None:
-    """A value that an adapter brings along, in the base's dtype, piece by piece: a head can have a gigabyte."""
+    for at, part in pieces(whole, job.rounding):
+        write_at(handle, _bytes_of(part), at)
+        job.step(part.nbytes)
+
+
+def pieces(whole: Whole, rounding: Rounding) -> Iterator[tuple[int, Tensor]]:
+    """A value that an adapter brings along, in the base's dtype, and where it goes: a head can have a gigabyte."""
     from .blocks import BLOCK, Span
 
     old, new = whole.old, whole.new
@@ -231,14 +229,13 @@ def _put_whole(whole: Whole, job: Job, handle: int) -> None:
         at, size = new.start + i * row * ITEMSIZE[new.dtype], n * row * ITEMSIZE[new.dtype]
         part = read(replace(new, shape=(n * row,), start=at, stop=at + size))
         if old.dtype != new.dtype:
-            part = job.rounding(part.double(), torch_dtype(old.dtype), old.name, Span(i, i + n, True))
+            part = rounding(part.double(), torch_dtype(old.dtype), old.name, Span(i, i + n, True))
             if not is_finite(part):
                 raise NotMergeable(
                     f"the trained value of {old.name!r} does not fit {old.dtype}", fix="pass --keep none"
                 )
         to = i if whole.rows is None else whole.rows[i]
-        write_at(handle, _bytes_of(part), old.start + to * row * ITEMSIZE[old.dtype])
-        job.step(part.nbytes)
+        yield old.start + to * row * ITEMSIZE[old.dtype], part
 
 
 def _put(handle: int, info: TensorInfo, tensor: Tensor) -> None:
