@@ -244,6 +244,6 @@ def test_what_would_fail_again_is_not_kept(left: Path, monkeypatch: pytest.Monke
         raise ah.NotMergeable("no")
 
     monkeypatch.setattr(folding, "fold_shard", refuses)
-    with pytest.raises(ah.NotMergeable, match="^no$"):
+    with pytest.raises(ah.NotMergeable, match=r"^no$"):
         fold(resume=True)
     assert not left.exists()
