@@ -221,6 +221,7 @@ def test_dry_run(adapter: Command, ab: Path) -> None:
         "merge a b --dry-run --json",
         "merge a b --rule tsv --dry-run",
         "merge a b --rule ties --rank 3 --density 0.1 --dry-run --json",
+        "merge --recipe r.toml --dry-run",
         "merge --rule ties --help",
         "rules",
         "rules ties",
@@ -231,6 +232,7 @@ def test_dry_run(adapter: Command, ab: Path) -> None:
     ],
 )
 def test_headers_need_no_torch(ab: Path, words: str) -> None:
+    (ab / "r.toml").write_text('rule = "ties"\nrank = 2\n[[adapters]]\npath = "a"\n[[adapters]]\npath = "b"\n')
     code = "import sys; from adapterhub_lite.cli import run; sys.exit(run(sys.argv[1:]) or 'torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code, *words.split()], cwd=ab, capture_output=True, text=True, timeout=60

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..folding import Folded, Plan
     from ..folding.manifest import Retained
+    from ..per_site import Weight
 
 LOST = 0.1  # of the change's length along itself: said aloud above
 WORST = 10  # modules shown unless --verbose
@@ -80,7 +81,7 @@ def parse_at(words: Sequence[str], count: int) -> dict[str, list[float]]:
 def merge_into(
     adapter: Adapter,
     refs: Sequence[str],
-    weights: Sequence[float],
+    weights: Sequence[Weight],
     given: Mapping[str, Any],
     *,
     out: Path | None,
@@ -166,7 +167,7 @@ def _executor(url: str | None) -> Iterator[Executor | None]:
         yield client.get_executor()
 
 
-def _terms(refs: Sequence[str], weights: Sequence[float]) -> list[dict[str, Any]]:
+def _terms(refs: Sequence[str], weights: Sequence[Weight]) -> list[dict[str, Any]]:
     return [{"ref": ref, "weight": w} for ref, w in zip(refs, weights, strict=True)]
 
 

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import adapter, options
-from ..adapter import load
-from ..errors import ConfigError, nearest, printable
+from .. import options
+from ..errors import nearest, printable
+from .asked import DTYPES, Asked, numbers, of_recipe, of_words, refuse_beside_recipe
 from .into import into_options, merge_into, refuse_alone, taken
 from .output import Size, print_json, progress, size, table
-from .rule_options import WithRule, rule_of
+from .rule_options import WithRule
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
+    from ..per_site import Weight
     from ..plan import Plan
     from ..rule import Rule
     from ..save import RelativeError
 
-T = TypeVar("T")
 ONE_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+|inf|nan)(e[-+]?\d+)?,?", re.I)
 NUMBERS = re.compile(rf"{ONE_NUMBER.pattern[:-2]}(,{ONE_NUMBER.pattern[:-2]})*,?", re.I)
-DTYPES = {
-    "float32": "F32", "fp32": "F32", "float64": "F64", "fp64": "F64",
-    "float16": "F16", "fp16": "F16", "bfloat16": "BF16", "bf16": "BF16",
-}  # fmt: skip
-DEFAULT_WEIGHTS = "weights: {} each (say --weights to choose)"
 WORST = 10  # modules shown unless --verbose
 
 
@@ -81,7 +75,7 @@ def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 
 @click.command(cls=WithWeights)
-@click.argument("refs", metavar="REF...", nargs=-1, required=True)
+@click.argument("refs", metavar="REF...", nargs=-1)
 @click.option(
     "-w", "--weights", metavar="W...", callback=parse_weights, help="One number each: 0.7 0.3 or 0.7,0.3. Default 1/N."
 )
@@ -102,6 +96,13 @@ def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option("--keep", metavar="REF", help="Where they differ, take heads, biases and token rows from REF, or 'none'.")
 @click.option("--any-base", is_flag=True, help="Merge although the adapters name different base models.")
 @into_options
+@click.option(
+    "--recipe",
+    "recipe_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Take adapters, weights, rule and all else from this TOML file.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be written, from the headers, and stop.")
 @click.option(
     "--report", metavar="FILE", type=click.Path(path_type=Path), help="Write a page on what was kept to FILE."
@@ -121,6 +122,7 @@ def merge(
     dtype: str | None,
     keep: str | None,
     any_base: bool,
+    recipe_file: Path | None,
     dry_run: bool,
     report: Path | None,
     force: bool,
@@ -144,43 +146,43 @@ def merge(
 
     \b
     adapter merge sql french --weights 0.7 0.3 --into base-7b -o model
+
+    With --recipe a TOML file says what to merge and how; only options of the run stand beside it, as -o and --force.
     """
     into = taken(given)  # what is left of `given` are the rule's options
     if out is None and not dry_run:
         raise click.UsageError("no output: give -o OUT, or --dry-run to see the plan")
-    if sum(x is not None for x in (rank, max_error, budget)) > 1:
-        raise click.UsageError("--rank, --max-error and --budget exclude each other")
-    if weights is not None and len(weights) != len(refs):
-        raise click.UsageError(f"{len(weights)} weights for {len(refs)} adapters: give one for each")
-    chosen = _usage(lambda: rule_of(rule, given))
-    spoken = weights is None and len(refs) > 1 and not quiet and (chosen is None or chosen.weighs != "equal")
-    weights = weights or [chosen.default_weight(len(refs)) if chosen else 1 / len(refs)] * len(refs)
-    said = DEFAULT_WEIGHTS.format("1" if weights[0] == 1 else f"1/{len(refs)}")
-    if keep is not None and keep not in (*refs, "none"):
-        raise click.UsageError(f"--keep {keep!r} is none of the adapters; {nearest(keep, refs)}")
-    loaded = [load(ref) for ref in refs]
-    merged = _whole(loaded, weights, chosen).cut(rank=rank, max_error=max_error, budget=budget, dtype=dtype)
+    if recipe_file is not None:
+        refuse_beside_recipe(click.get_current_context())
+        asked = of_recipe(recipe_file, into)
+    elif not refs:
+        raise click.UsageError("no adapters: give at least one REF, or --recipe FILE")
+    else:
+        cuts = {"rank": rank, "max_error": max_error, "budget": budget}
+        asked = of_words(refs, weights, rule, given, cuts, dtype, keep, any_base)
+    merged, names, dtype, keep, any_base = asked.merged, asked.names, asked.dtype, asked.keep, asked.any_base
+    said = None if quiet else asked.said
     if into["into"] is not None:
         if dtype is not None:
             raise click.UsageError("--dtype is for adapters: a model's weights keep theirs")
         if report is not None:
             raise click.UsageError("--report is about merged adapters; with --into, say -v to see every module")
-        if spoken:
+        if said:
             click.echo(said, err=True)
         merge_into(
-            merged, refs, weights, into, out=out, keep=keep, any_base=any_base, dry_run=dry_run, force=force,
+            merged, names, asked.weights, into, out=out, keep=keep, any_base=any_base, dry_run=dry_run, force=force,
             as_json=as_json, verbose=verbose, quiet=quiet,
         )  # fmt: skip
         return
     refuse_alone(into)
     if report is not None:
-        _check_report(report, refs, out, dry_run)
+        _check_report(report, asked, out, dry_run)
     if dry_run:
         planned = merged.plan(dtype=dtype, any_base=any_base, keep=keep)
-        if spoken:
+        if said:
             click.echo(said, err=True)
         if as_json:
-            print_json({"dry_run": True, **_report(planned, refs, weights, chosen)})
+            print_json({"dry_run": True, **_report(planned, names, asked.weights, asked.rule)})
         elif not quiet:
             click.echo(summary(planned, "would write", out))
             if out is not None and os.path.lexists(out) and not force:
@@ -194,12 +196,12 @@ def merge(
             from . import merge_page
 
             with progress("reporting", quiet) as step:
-                found, shown = merge_page.compared(out, refs, weights, step)
-            file.write_text(merge_page.page(found, shown, planned, error, len(refs)), encoding="utf-8")
-    if spoken:
+                found, shown = merge_page.compared(out, asked.refs, numbers(asked.weights), step)
+            file.write_text(merge_page.page(found, shown, planned, error, len(names)), encoding="utf-8")
+    if said:
         click.echo(said, err=True)
     if as_json:
-        print_json({"out": str(out), **_report(planned, refs, weights, chosen, error)})
+        print_json({"out": str(out), **_report(planned, names, asked.weights, asked.rule, error)})
     elif not quiet:
         click.echo(summary(planned, "wrote", out))
         click.echo(errors(planned, error, verbose))
@@ -207,7 +209,7 @@ def merge(
             click.echo(f"wrote {printable(str(report))}")
 
 
-def _check_report(report: Path, refs: Sequence[str], out: Path | None, dry_run: bool) -> None:
+def _check_report(report: Path, asked: Asked, out: Path | None, dry_run: bool) -> None:
     """Refuse what the page could not be made of, or could not be put at, before any work."""
     from . import merge_page
 
@@ -215,9 +217,11 @@ def _check_report(report: Path, refs: Sequence[str], out: Path | None, dry_run: 
         raise click.UsageError("--report is about what was written, and --dry-run writes nothing")
     if out.absolute() in (report.absolute(), *report.absolute().parents):
         raise click.UsageError(f"--report {printable(str(report))} is in OUT; choose another place")
-    if any(os.path.realpath(out) == os.path.realpath(ref) for ref in refs):
+    if len(numbers(asked.weights)) < len(asked.weights):
+        raise click.UsageError("--report needs one weight for each adapter, and the recipe gives them by module")
+    if any(os.path.realpath(out) == os.path.realpath(ref) for ref in asked.refs):
         raise click.UsageError(f"{printable(str(out))} is merged and replaced, so nothing is left to report on")
-    merge_page.check(refs)
+    merge_page.check(asked.refs)
 
 
 def _page(report: Path | None, force: bool) -> AbstractContextManager[Path | None]:
@@ -229,31 +233,15 @@ def _page(report: Path | None, force: bool) -> AbstractContextManager[Path | Non
     return staged_page(report, force=force)
 
 
-def _usage(make: Callable[[], T]) -> T:
-    """What `make` gives; options that it refuses are wrong usage."""
-    try:
-        return make()
-    except ConfigError as e:
-        raise click.UsageError(str(e)) from None
-
-
-def _whole(adapters: Sequence[Adapter], weights: Sequence[float], rule: Rule | None) -> Adapter:
-    """What is to be written, but for truncation."""
-    if rule is not None:
-        return _usage(lambda: adapter.merge(adapters, rule, weights=weights))
-    terms = [w * one for w, one in zip(weights, adapters, strict=True)]
-    return sum(terms[1:], terms[0])
-
-
 def _report(
     planned: Plan,
-    refs: Sequence[str],
-    weights: Sequence[float],
+    names: Sequence[str],
+    weights: Sequence[Weight],
     rule: Rule | None,
     error: RelativeError | None = None,
 ) -> dict[str, Any]:
     return {
-        "adapters": [{"ref": ref, "weight": w} for ref, w in zip(refs, weights, strict=True)],
+        "adapters": [{"ref": ref, "weight": w} for ref, w in zip(names, weights, strict=True)],
         "rule": None if rule is None else {"name": rule.name, "options": options.plain(rule)},
         **report(planned, error),
     }
