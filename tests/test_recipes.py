@@ -75,7 +75,8 @@ def test_paths_are_relative_to_the_recipe(adapter: Command, ab: Path, monkeypatc
 
 def test_weights_by_module_and_along_the_layers(adapter: Command, ab: Path) -> None:
     (ab / "r.toml").write_text(
-        '[[adapters]]\npath = "a"\nweight = {"*.k" = 0.5, "*.q" = [1, 3]}\n[[adapters]]\npath = "b"\nweight = {"*" = 2}\n'
+        '[[adapters]]\npath = "a"\nweight = {"*.k" = 0.5, "*.q" = [1, 3]}\n'
+        '[[adapters]]\npath = "b"\nweight = {"*" = 2}\n'
     )
     assert adapter("merge", "--recipe", "r.toml", "-o", "out", "-q").code == 0
     a, b, out = (dense_delta(ab / name) for name in ("a", "b", "out"))

@@ -14,7 +14,7 @@ from typing import Any
 
 from .._version import __version__
 from ..adapter import Adapter
-from ..agreement import common
+from ..agreement import asked, common
 from ..base_model import BaseModel
 from ..checkpoint import TensorInfo
 from ..combine import WeightedSum
@@ -38,6 +38,8 @@ class Plan:
     at: At
     layers: Mapping[str, Layer]
     wholes: tuple[Whole, ...]
+    asked: Mapping[str, Any]
+    """What is no part of the sum, as `agreement.asked` has it."""
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -60,13 +62,20 @@ class Plan:
 
     def recipe(self, seed: int | None) -> dict[str, Any]:
         """How to make it again."""
-        base = {name: _header_digest(shard.path) for name, shard in self.model.shards.items()}
+        base = {name: header_digest(shard.path) for name, shard in self.model.shards.items()}
         how: dict[str, Any] = {"rounding": "nearest"} if seed is None else {"rounding": "stochastic", "seed": seed}
         if self.at:
-            how["at"] = {glob: list(weights) for glob, weights in self.at.items()}
+            how["at"] = [[glob, list(weights)] for glob, weights in self.at.items()]  # their order counts
         terms = [{"weight": w, **source.recipe()} for w, source in self.terms]
         name = self.model.folder.resolve().name
-        return {"rule": "fold", "base": name, "headers": base, **how, "of": {"rule": "sum", "terms": terms}}
+        return {
+            "rule": "fold",
+            "base": name,
+            "headers": base,
+            **how,
+            **self.asked,
+            "of": {"rule": "sum", "terms": terms},
+        }
 
     def result(self, digests: Mapping[str, str], kept: Mapping[str, Sequence[float]], seed: int | None) -> Folded:
         """What came of it; `kept` as `Kept` has it, by layer."""
@@ -101,7 +110,7 @@ def planned(
             raise NotMergeable(f"{adapted.name!r} is both adapted and replaced", fix="pass --keep none")
     if not found and not wholes:
         raise NotMergeable("nothing is left to fold: all weights are zero", fix="give a weight that is not zero")
-    return Plan(model, terms, at or {}, found, wholes)
+    return Plan(model, terms, at or {}, found, wholes, asked(agreed, any_base=any_base, keep=keep))
 
 
 def _retained(parts: Sequence[Sequence[float]]) -> Retained:
@@ -167,7 +176,7 @@ def _counterpart(model: BaseModel, name: str, terms: Sequence[tuple[float, Sourc
     return model.tensors.get(name)
 
 
-def _header_digest(path: Path) -> str:
+def header_digest(path: Path) -> str:
     """The SHA-256 of a file's header: of names, shapes and places, not of the numbers."""
     with reading(path) as handle:
         length = int.from_bytes(os.pread(handle, 8, 0), "little")
