@@ -283,7 +283,7 @@ def _number(value: Any) -> bool:
 
 
 def differences(old: Path, new: Path) -> Iterator[Difference]:
-    """By file and tensor. Versions in files do not count, nor what a base is called, nor files that are only in `old`."""
+    """By file and tensor. Versions in files do not count, nor what a base is called, nor files only `old` has."""
     for path in sorted(path for path in new.rglob("*") if path.is_file()):
         name = str(path.relative_to(new))
         if not (old / name).is_file():

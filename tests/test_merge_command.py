@@ -204,14 +204,37 @@ def test_dry_run(adapter: Command, ab: Path) -> None:
     before = {path.name for path in ab.iterdir()}
     plan = adapter("merge", "a", "b", "--weights", "1 1", "--rank", 3, "--dry-run", "-o", "new/out", "--json")
     text = adapter("merge", "a", "b", "--weights", "1 1", "--rank", 3, "--dry-run", "-o", "new/out")
+    told = plan.json
+    assert told.pop("predicted_error") is None
+    assert 0 < told["estimate"]["seconds"] < 60
+    assert 10**8 < told.pop("estimate")["memory"] < 10**9
+    assert all(f"{name}  " in text.out for name in told["modules"])
+    assert "error: measured when it is written" in text.out
     assert "would write new/out" in text.out
     assert {path.name for path in ab.iterdir()} == before
     done = adapter("merge", "a", "b", "--weights", "1 1", "--rank", 3, "-o", "new/out", "--json").json
     for module in done["modules"].values():
         del module["error"]
-    assert {**done, "dry_run": True} == {**plan.json, "out": "new/out", "error": done["error"], "error_of": "delta"}
+    assert {**done, "dry_run": True} == {**told, "out": "new/out", "error": done["error"], "error_of": "delta"}
     assert "--force" in adapter("merge", "a", "b", "--dry-run", "-o", "new/out", "--weights", "1 1").err
     assert adapter("merge", "a", "b", "--dry-run", "-o", "new/out", "--force", "--weights", "1 1").err == ""
+
+
+def test_dry_run_of_a_copy_has_no_error(adapter: Command, ab: Path) -> None:
+    assert adapter("merge", "a", "--dry-run", "--json").json["predicted_error"] == 0
+    assert adapter("merge", "a", "-o", "out", "--json").json["error"] == 0
+
+
+def test_dry_run_tells_all_conflicts(adapter: Command, handmade: Handmade, tmp_path: Path) -> None:
+    for name in "ab":
+        keep = {"base_model.model.net.head.weight": torch.full((2, 3), float(ord(name)))}
+        handmade(
+            tmp_path / name, LAYERS, tensors=lambda t, keep=keep: {**t, **keep}, modules_to_save=["head"],
+            base_model_name_or_path=f"org/{name}",
+        )  # fmt: skip
+    adapter("merge", tmp_path / "a", tmp_path / "b", "--dry-run").refused(
+        "2 conflicts", "org/a", "org/b", "head.weight", "--any-base", "--keep"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -12,13 +13,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import options
-from ..errors import nearest, printable
+from ..agreement import conflicts
+from ..checkpoint import ITEMSIZE
+from ..errors import NotMergeable, nearest, printable
+from ..estimate import estimate
 from .asked import DTYPES, Asked, numbers, of_recipe, of_words, refuse_beside_recipe
 from .into import into_options, merge_into, refuse_alone, taken
 from .output import Size, print_json, progress, size, table
 from .rule_options import WithRule
 
 if TYPE_CHECKING:
+    from ..format import SiteContents
     from ..per_site import Weight
     from ..plan import Plan
     from ..rule import Rule
@@ -178,13 +183,16 @@ def merge(
     if report is not None:
         _check_report(report, asked, out, dry_run)
     if dry_run:
+        if len(against := conflicts(merged.source.contents, any_base=any_base, keep=keep)) > 1:
+            raise NotMergeable(f"{len(against)} conflicts: {' · '.join(map(str, against))}")
         planned = merged.plan(dtype=dtype, any_base=any_base, keep=keep)
         if said:
             click.echo(said, err=True)
         if as_json:
-            print_json({"dry_run": True, **_report(planned, names, asked.weights, asked.rule)})
+            print_json({"dry_run": True, **_report(planned, names, asked.weights, asked.rule), **_foretold(planned)})
         elif not quiet:
             click.echo(summary(planned, "would write", out))
+            click.echo(_forecast(planned, verbose))
             if out is not None and os.path.lexists(out) and not force:
                 click.echo(f"but {out} exists: choose another -o or pass --force", err=True)
         return
@@ -276,6 +284,35 @@ def summary(planned: Plan, did: str, out: Path | None) -> str:
     if planned.contents.kept:
         lines.append(f"kept as they are: {', '.join(map(printable, sorted(planned.contents.kept)))}")
     return "\n".join(lines)
+
+
+def _foretold(planned: Plan) -> dict[str, Any]:
+    guess = estimate(planned)
+    error = 0.0 if planned.verbatim is not None else None
+    return {"predicted_error": error, "estimate": {"seconds": round(guess.seconds, 1), "memory": guess.nbytes}}
+
+
+def _forecast(planned: Plan, verbose: bool) -> str:
+    """What a dry run tells besides: the error, if headers tell it, the effort, and the modules."""
+    guess, exact = estimate(planned), planned.verbatim is not None
+    lines = [
+        "error: 0, the tensors are copied as they are" if exact else "error: measured when it is written",
+        f"estimate, within a factor of a few: {guess.seconds:.0f} s, {size(guess.nbytes)} of memory",
+    ]
+    sites = planned.contents.sites
+    rows = [
+        (printable(name), "×".join(map(str, part.shape)), str(planned.ranks.get(name, "-")), size(part_bytes(part)))
+        for name, part in (sites.items() if verbose else list(sites.items())[:WORST])
+    ]
+    lines.append(table(rows, ("module", "out×in", "rank", "size"), right=(1, 2, 3)))
+    if len(rows) < len(sites):
+        lines.append(f"… and {len(sites) - len(rows)} modules (-v shows all)")
+    return "\n".join(lines)
+
+
+def part_bytes(part: SiteContents) -> int:
+    """Bytes of one module's tensors."""
+    return sum(math.prod(t.shape) * ITEMSIZE[t.dtype] for t in part.tensors.values())
 
 
 def _span(planned: Plan) -> list[str]:
