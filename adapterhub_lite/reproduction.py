@@ -25,6 +25,7 @@ from .registry import registry
 from .source import Source, Stored, stored
 
 CHUNK = 8 << 20  # bytes compared at once
+DTYPES = ("F64", "F32", "F16", "BF16")  # that adapters are written in
 MOST_FOLDERS = 10_000  # that are looked at for inputs
 
 Progress = Callable[[int, int], None]
@@ -72,6 +73,7 @@ def reproduce(
     folded = recipe.get("rule") == "fold"
     model = again.base(base) if folded else None
     terms = again.terms(recipe.get("of") if folded else recipe)
+    at, seed, dtype = again.rest(folded)
     again.check()
     version = made.get("version")
     if version != __version__:
@@ -80,12 +82,11 @@ def reproduce(
         new = Path(temporary) / "again"
         asked: dict[str, Any] = {"any_base": recipe.get("any_base") is True, "keep": again.kept(terms)}
         if model is not None:
-            at, seed = again.table(recipe.get("at")), recipe.get("seed")
             fold(model, Adapter(terms), new, at=at, stochastic=seed, progress=progress, **asked)
         else:
             from .save import save
 
-            save(WeightedSum(terms), new, dtype=recipe.get("dtype"), progress=progress, **asked)
+            save(WeightedSum(terms), new, dtype=dtype, progress=progress, **asked)
         return Reproduction(tuple(differences(out, new)), tuple(again.warnings))
 
 
@@ -176,9 +177,10 @@ class _Again:
             case {"rule": "truncate", "of": of}:
                 cut = self.terms(of)
                 how = {key: node.get(key) for key in ("rank", "max_error", "budget")}
-                if not all(v is None or _number(v) for v in how.values()):
-                    raise self._unknown()
                 itemsize = node.get("itemsize", 4)
+                whole = all(isinstance(v, int) for v in (how["rank"] or 1, how["budget"] or 1, itemsize))
+                if not whole or not _number(how["max_error"] or 0):
+                    raise self._unknown()
                 return _Missing if self.missing else Truncated(WeightedSum(cut), **how, itemsize=itemsize)
             case {"rule": str(name), "options": {**options}, "terms": [_, *_] as terms}:
                 inputs = [self._source(term) for term in terms]
@@ -190,8 +192,20 @@ class _Again:
                 given = {str(key): value for key, value in options.items()}
                 rule = build(cls, given, owner=f"rule {name!r}")
                 weights = [self._weight(term) for term in terms]
-                return Merged(rule, inputs, weights, self.table(node.get("at")))
+                at = self.table(node.get("at"))
+                if not all(isinstance(own, dict) for own in at.values()):
+                    raise self._unknown()
+                return Merged(rule, inputs, weights, at)
         raise self._unknown()
+
+    def rest(self, folded: bool) -> tuple[dict[str, Any], int | None, str | None]:
+        """Weights at modules of a model, the seed of its rounding, and the dtype of an adapter."""
+        at = self.table(self.recipe.get("at")) if folded else {}
+        seed, dtype = self.recipe.get("seed"), self.recipe.get("dtype")
+        known = all(isinstance(own, list) and all(map(_number, own)) for own in at.values())
+        if not known or not (seed is None or isinstance(seed, int)) or dtype not in (None, *DTYPES):
+            raise self._unknown()
+        return at, seed, dtype
 
     def _weight(self, term: Any) -> Any:
         weight = term.get("weight")

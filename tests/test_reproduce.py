@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 LAYERS = {"net.layers.0.q": 2, "net.layers.0.k": 3, "net.layers.1.q": 2, "net.conv": 2}
 WEIGHTS = "adapter_model.safetensors"
+A = {"weight": 1, "adapter": "a", "sha256": {WEIGHTS: "0" * 64}}
+OF = {"rule": "sum", "terms": [A]}
 
 
 @pytest.fixture
@@ -165,6 +167,9 @@ def rewritten(folder: Path, change: Callable[[dict[str, object]], object]) -> No
         ({"rule": "sum", "terms": [{"weight": 1, "adapter": "a", "sha256": {"../x": "y"}}]}, "no merge"),
         ({"rule": "sum", "terms": [{"weight": 1, "rule": "difference", "base": {}}]}, "no merge"),
         ({"rule": "sum", "terms": [{"weight": 1, "rule": "truncate", "rank": "1", "of": 3}]}, "no merge"),
+        ({"rule": "sum", "dtype": "I8", "terms": [A]}, "no merge"),
+        ({"rule": "sum", "terms": [{"weight": 1, "rule": "truncate", "rank": "1", "of": OF}]}, "no merge"),
+        ({"rule": "sum", "terms": [{"weight": 1, "rule": "truncate", "budget": 1.5, "of": OF}]}, "no merge"),
         ({"rule": "sum", "terms": [{"weight": 1, "rule": "tise", "options": {}, "terms": [3]}]}, "no merge"),
     ],
 )
