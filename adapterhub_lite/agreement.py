@@ -8,7 +8,7 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from . import sketch as sketches
-from .checkpoint import TensorInfo
+from .checkpoint import TensorInfo, sha256
 from .errors import NotMergeable
 from .format import Contents, SiteContents
 
@@ -61,6 +61,33 @@ def common(parts: Mapping[str, Contents], *, any_base: bool = False, keep: str |
         transposed=any(own.transposed for own in parts.values()),
         facts={"base": sketch} if sketch else {},
     )
+
+
+def conflicts(parts: Mapping[str, Contents], *, any_base: bool, keep: str | None) -> list[NotMergeable]:
+    """All that `common` would refuse, where it tells the first."""
+
+    def apart() -> None:
+        try:
+            kept = _kept(parts, keep)
+        except NotMergeable:
+            return  # which is told already
+        _apart(parts, *kept)
+
+    found = []
+    for look in (lambda: _base(parts, any_base), lambda: _sketch(parts, any_base), lambda: _kept(parts, keep), apart):
+        try:
+            look()
+        except NotMergeable as e:
+            found.append(e)
+    return found
+
+
+def asked(agreed: Contents, *, any_base: bool, keep: str | None) -> dict[str, Any]:
+    """The choices that were made, for a recipe: what is kept is known by the file that it is from."""
+    found: dict[str, Any] = {"any_base": True} if any_base else {}
+    if keep is not None:
+        found["keep"] = sha256(next(iter(agreed.kept.values())).path) if agreed.kept else "none"
+    return found
 
 
 def _base(parts: Mapping[str, Contents], any_base: bool) -> tuple[str | None, str | None]:

@@ -248,7 +248,8 @@ class Truncated:
         return self.of.truncated(site, self.ranks[site])
 
     def recipe(self) -> dict[str, Any]:
-        how = {"rank": self.rank, "max_error": self.promised or None, "budget": self.budget}
+        itemsize = None if self.budget is None else self.itemsize
+        how = {"rank": self.rank, "max_error": self.promised or None, "budget": self.budget, "itemsize": itemsize}
         return {"rule": "truncate", **{k: v for k, v in how.items() if v is not None}, "of": self.of.recipe()}
 
 

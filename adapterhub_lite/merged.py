@@ -169,9 +169,10 @@ class Merged:
         return fitted
 
     def recipe(self) -> dict[str, Any]:
-        terms = [{"weight": w, **source.recipe()} for w, source in zip(self.weights, self.inputs, strict=True)]
+        weights = [per_site.plain(w) for w in self.weights]
+        terms = [{"weight": w, **source.recipe()} for w, source in zip(weights, self.inputs, strict=True)]
         own = {"rule": self.rule.name, "version": self.rule.version, "options": options.plain(self.rule)}
-        return {**own, **({"at": self.at} if self.at else {}), "terms": terms}
+        return {**own, **({"at": per_site.pairs(self.at)} if self.at else {}), "terms": terms}
 
 
 def _changed(rule: Rule, given: Mapping[str, Any], pattern: str) -> Rule:

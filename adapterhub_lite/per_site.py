@@ -37,6 +37,11 @@ def weight_at(weight: Weight, site: str, depths: Mapping[str, float]) -> float:
     return along(found, depths[site]) if isinstance(found, Sequence) else found
 
 
+def pairs(table: Mapping[str, T]) -> list[list[str | T]]:
+    """A table as a file can hold it: the order of the patterns counts, and JSON's names have none."""
+    return [[pattern, value] for pattern, value in table.items()]
+
+
 def check(weight: Weight, owner: str) -> None:
     """Raise `ConfigError` unless every number in `weight` is one."""
     table = weight if isinstance(weight, Mapping) else {"": weight}
@@ -52,9 +57,7 @@ def check(weight: Weight, owner: str) -> None:
 
 def plain(weight: Weight) -> Any:
     """As JSON can carry it."""
-    if not isinstance(weight, Mapping):
-        return weight
-    return {at: [*value] if isinstance(value, Sequence) else value for at, value in weight.items()}
+    return pairs(weight) if isinstance(weight, Mapping) else weight
 
 
 def along(values: Sequence[float], depth: float) -> float:

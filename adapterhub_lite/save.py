@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from . import algebra, options, recast
 from ._version import __version__
+from .agreement import asked
 from .checkpoint import torch_dtype
 from .combine import Truncated, WeightedSum, each
 from .delta import Dense, LowRank
@@ -71,12 +72,14 @@ def save(
         # A folder inside is no output of ours: a checkpoint of the training, another adapter, .git.
         return own.recognises(folder) and not any(path.is_dir() for path in folder.iterdir())
 
-    facts: dict[str, Any] = {"version": __version__, "recipe": source.recipe()}
+    facts: dict[str, Any] = {"version": __version__}
+    recipe = {**source.recipe(), **({} if dtype is None else {"dtype": dtype})}
     longest = RelativeError(LONG_FLOAT, dict.fromkeys(source.sites, LONG_FLOAT), of="tensors").plain()
     while True:
         try:
             with staged(out, force=force, replaceable=replaceable) as folder:  # first: a refused OUT costs no work
                 planned = plan(source, dtype=dtype, any_base=any_base, keep=keep)
+                facts["recipe"] = {**recipe, **asked(planned.contents, any_base=any_base, keep=keep)}
                 facts.update(planned.contents.facts, **_method(planned.contents.method))
                 with own.writer(folder, planned.contents, room=len(json.dumps({**facts, "error": longest}))) as writer:
                     error = _write(planned, writer, progress)

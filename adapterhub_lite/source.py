@@ -186,7 +186,7 @@ class Stored(Single):
 
     def recipe(self) -> dict[str, Any]:
         # Somebody's local path tells a reader nothing, and strangers where it lay.
-        name = self.folder.resolve().name if self.folder.is_absolute() else self.name
+        name = self.folder.resolve().name if Path(self.name).is_absolute() else self.name
         return {"adapter": name, "sha256": {file.name: sha256(file) for file in self.files}}
 
 
@@ -239,8 +239,8 @@ class Held(Single):
         return {"adapter": None}
 
 
-def stored(ref: str | Path) -> Stored:
-    """The adapter in folder `ref`: headers only, strictly validated. Raises `FileError`."""
+def stored(ref: str | Path, name: str | None = None) -> Stored:
+    """The adapter in folder `ref`, called `name`: headers only, strictly validated. Raises `FileError`."""
     folder = Path(ref)
     if not folder.is_dir():
         near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
@@ -250,7 +250,7 @@ def stored(ref: str | Path) -> Stored:
     found = registry()
     own = _recognise(folder, found)
     contents = own.read(folder, lambda name: found.methods() if name is None else found.method(name))
-    return Stored(folder, str(ref), contents, own.files(folder))
+    return Stored(folder, name or str(ref), contents, own.files(folder))
 
 
 def _recognise(folder: Path, found: Registry) -> Format:

@@ -204,14 +204,37 @@ def test_dry_run(adapter: Command, ab: Path) -> None:
     before = {path.name for path in ab.iterdir()}
     plan = adapter("merge", "a", "b", "--weights", "1 1", "--rank", 3, "--dry-run", "-o", "new/out", "--json")
     text = adapter("merge", "a", "b", "--weights", "1 1", "--rank", 3, "--dry-run", "-o", "new/out")
+    told = plan.json
+    assert told.pop("predicted_error") is None
+    assert 0 < told["estimate"]["seconds"] < 60
+    assert 10**8 < told.pop("estimate")["memory"] < 10**9
+    assert all(f"{name}  " in text.out for name in told["modules"])
+    assert "error: measured when it is written" in text.out
     assert "would write new/out" in text.out
     assert {path.name for path in ab.iterdir()} == before
     done = adapter("merge", "a", "b", "--weights", "1 1", "--rank", 3, "-o", "new/out", "--json").json
     for module in done["modules"].values():
         del module["error"]
-    assert {**done, "dry_run": True} == {**plan.json, "out": "new/out", "error": done["error"], "error_of": "delta"}
+    assert {**done, "dry_run": True} == {**told, "out": "new/out", "error": done["error"], "error_of": "delta"}
     assert "--force" in adapter("merge", "a", "b", "--dry-run", "-o", "new/out", "--weights", "1 1").err
     assert adapter("merge", "a", "b", "--dry-run", "-o", "new/out", "--force", "--weights", "1 1").err == ""
+
+
+def test_dry_run_of_a_copy_has_no_error(adapter: Command, ab: Path) -> None:
+    assert adapter("merge", "a", "--dry-run", "--json").json["predicted_error"] == 0
+    assert adapter("merge", "a", "-o", "out", "--json").json["error"] == 0
+
+
+def test_dry_run_tells_all_conflicts(adapter: Command, handmade: Handmade, tmp_path: Path) -> None:
+    for name in "ab":
+        keep = {"base_model.model.net.head.weight": torch.full((2, 3), float(ord(name)))}
+        handmade(
+            tmp_path / name, LAYERS, tensors=lambda t, keep=keep: {**t, **keep}, modules_to_save=["head"],
+            base_model_name_or_path=f"org/{name}",
+        )  # fmt: skip
+    adapter("merge", tmp_path / "a", tmp_path / "b", "--dry-run").refused(
+        "2 conflicts", "org/a", "org/b", "head.weight", "--any-base", "--keep"
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,6 +244,7 @@ def test_dry_run(adapter: Command, ab: Path) -> None:
         "merge a b --dry-run --json",
         "merge a b --rule tsv --dry-run",
         "merge a b --rule ties --rank 3 --density 0.1 --dry-run --json",
+        "merge --recipe r.toml --dry-run",
         "merge --rule ties --help",
         "rules",
         "rules ties",
@@ -231,6 +255,7 @@ def test_dry_run(adapter: Command, ab: Path) -> None:
     ],
 )
 def test_headers_need_no_torch(ab: Path, words: str) -> None:
+    (ab / "r.toml").write_text('rule = "ties"\nrank = 2\n[[adapters]]\npath = "a"\n[[adapters]]\npath = "b"\n')
     code = "import sys; from adapterhub_lite.cli import run; sys.exit(run(sys.argv[1:]) or 'torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code, *words.split()], cwd=ab, capture_output=True, text=True, timeout=60

@@ -66,7 +66,7 @@ def refuse_alone(given: Mapping[str, Any]) -> None:
 def merge_into(
     adapter: Adapter,
     refs: Sequence[str],
-    weights: Sequence[float],
+    weights: Sequence[Weight],
     given: Mapping[str, Any],
     *,
     own: Sequence[Weight] | None,
@@ -154,7 +154,7 @@ def _executor(url: str | None) -> Iterator[Executor | None]:
         yield client.get_executor()
 
 
-def _terms(refs: Sequence[str], weights: Sequence[float]) -> list[dict[str, Any]]:
+def _terms(refs: Sequence[str], weights: Sequence[Weight]) -> list[dict[str, Any]]:
     return [{"ref": ref, "weight": w} for ref, w in zip(refs, weights, strict=True)]
 
 

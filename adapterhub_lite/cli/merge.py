@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import adapter, options
-from ..adapter import load
-from ..errors import ConfigError, nearest, printable
+from .. import options
+from ..agreement import conflicts
+from ..checkpoint import ITEMSIZE
+from ..errors import NotMergeable, nearest, printable
+from ..estimate import estimate
+from .asked import DTYPES, Asked, numbers, of_recipe, of_words, refuse_beside_recipe
 from .into import into_options, merge_into, refuse_alone, taken
 from .output import Size, print_json, progress, size, table
-from .rule_options import WithRule, rule_of
+from .rule_options import WithRule
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
+    from ..format import SiteContents
     from ..per_site import Weight
     from ..plan import Plan
     from ..rule import Rule
     from ..save import RelativeError
 
-T = TypeVar("T")
 ONE_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+|inf|nan)(e[-+]?\d+)?,?", re.I)
 NUMBERS = re.compile(rf"{ONE_NUMBER.pattern[:-2]}(,{ONE_NUMBER.pattern[:-2]})*,?", re.I)
-DTYPES = {
-    "float32": "F32", "fp32": "F32", "float64": "F64", "fp64": "F64",
-    "float16": "F16", "fp16": "F16", "bfloat16": "BF16", "bf16": "BF16",
-}  # fmt: skip
-DEFAULT_WEIGHTS = "weights: {} each (say --weights to choose)"
 WORST = 10  # modules shown unless --verbose
 
 
@@ -82,7 +80,7 @@ def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 
 @click.command(cls=WithWeights)
-@click.argument("refs", metavar="REF...", nargs=-1, required=True)
+@click.argument("refs", metavar="REF...", nargs=-1)
 @click.option(
     "-w",
     "--weights",
@@ -110,6 +108,13 @@ def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option("--keep", metavar="REF", help="Where they differ, take heads, biases and token rows from REF, or 'none'.")
 @click.option("--any-base", is_flag=True, help="Merge although the adapters name different base models.")
 @into_options
+@click.option(
+    "--recipe",
+    "recipe_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Take adapters, weights, rule and all else from this TOML file.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be written, from the headers, and stop.")
 @click.option(
     "--report", metavar="FILE", type=click.Path(path_type=Path), help="Write a page on what was kept to FILE."
@@ -130,6 +135,7 @@ def merge(
     dtype: str | None,
     keep: str | None,
     any_base: bool,
+    recipe_file: Path | None,
     dry_run: bool,
     report: Path | None,
     force: bool,
@@ -153,50 +159,49 @@ def merge(
 
     \b
     adapter merge sql french --weights 0.7 0.3 --into base-7b -o model
+
+    With --recipe a TOML file says what to merge and how; only options of the run stand beside it, as -o and --force.
     """
     into = taken(given)  # what is left of `given` are the rule's options
     if out is None and not dry_run:
         raise click.UsageError("no output: give -o OUT, or --dry-run to see the plan")
-    if sum(x is not None for x in (rank, max_error, budget)) > 1:
-        raise click.UsageError("--rank, --max-error and --budget exclude each other")
-    if weights is not None and len(weights) != len(refs):
-        raise click.UsageError(f"{len(weights)} weights for {len(refs)} adapters: give one for each")
-    chosen = _usage(lambda: rule_of(rule, given))
-    spoken = weights is None and len(refs) > 1 and not quiet and (chosen is None or chosen.weighs != "equal")
-    weights = weights or [chosen.default_weight(len(refs)) if chosen else 1 / len(refs)] * len(refs)
-    said = DEFAULT_WEIGHTS.format("1" if weights[0] == 1 else f"1/{len(refs)}")
-    if keep is not None and keep not in (*refs, "none"):
-        raise click.UsageError(f"--keep {keep!r} is none of the adapters; {nearest(keep, refs)}")
-    loaded = [load(ref) for ref in refs]
-    own = by_module(at, weights)
-    folds = into["into"] is not None and chosen is None and rank is max_error is budget is None  # by each one's merge
-    merged = _whole(loaded, weights if folds else own, chosen).cut(
-        rank=rank, max_error=max_error, budget=budget, dtype=dtype
-    )
+    if recipe_file is not None:
+        refuse_beside_recipe(click.get_current_context())
+        asked = of_recipe(recipe_file, into)
+    elif not refs:
+        raise click.UsageError("no adapters: give at least one REF, or --recipe FILE")
+    else:
+        cuts = {"rank": rank, "max_error": max_error, "budget": budget}
+        asked = of_words(refs, weights, rule, given, cuts, dtype, keep, any_base, at=at, into=into)
+    merged, names, dtype, keep, any_base = asked.merged, asked.names, asked.dtype, asked.keep, asked.any_base
+    said = None if quiet else asked.said
     if into["into"] is not None:
         if dtype is not None:
             raise click.UsageError("--dtype is for adapters: a model's weights keep theirs")
         if report is not None:
             raise click.UsageError("--report is about merged adapters; with --into, say -v to see every module")
         merge_into(
-            merged, refs, weights, into, own=own if folds else None, out=out,
+            merged, names, asked.weights, into, own=asked.by_module, out=out,
             keep=keep, any_base=any_base, dry_run=dry_run, force=force,
             as_json=as_json, verbose=verbose, quiet=quiet,
         )  # fmt: skip
-        if spoken:
+        if said:
             click.echo(said, err=True)
         return
     refuse_alone(into)
     if report is not None:
-        _check_report(report, refs, out, dry_run)
+        _check_report(report, asked, out, dry_run)
     if dry_run:
+        if len(against := conflicts(merged.source.contents, any_base=any_base, keep=keep)) > 1:
+            raise NotMergeable(f"{len(against)} conflicts: {' · '.join(map(str, against))}")
         planned = merged.plan(dtype=dtype, any_base=any_base, keep=keep)
-        if spoken:
+        if said:
             click.echo(said, err=True)
         if as_json:
-            print_json({"dry_run": True, **_report(planned, refs, weights, chosen)})
+            print_json({"dry_run": True, **_report(planned, names, asked.weights, asked.rule), **_foretold(planned)})
         elif not quiet:
             click.echo(summary(planned, "would write", out))
+            click.echo(_forecast(planned, verbose))
             if out is not None and os.path.lexists(out) and not force:
                 click.echo(f"but {out} exists: choose another -o or pass --force", err=True)
         return
@@ -208,12 +213,12 @@ def merge(
             from . import merge_page
 
             with progress("reporting", quiet) as step:
-                found, shown = merge_page.compared(out, refs, weights, step)
-            file.write_text(merge_page.page(found, shown, planned, error, len(refs)), encoding="utf-8")
-    if spoken:
+                found, shown = merge_page.compared(out, asked.refs, numbers(asked.weights), step)
+            file.write_text(merge_page.page(found, shown, planned, error, len(names)), encoding="utf-8")
+    if said:
         click.echo(said, err=True)
     if as_json:
-        print_json({"out": str(out), **_report(planned, refs, weights, chosen, error)})
+        print_json({"out": str(out), **_report(planned, names, asked.weights, asked.rule, error)})
     elif not quiet:
         click.echo(summary(planned, "wrote", out))
         click.echo(errors(planned, error, verbose))
@@ -221,7 +226,7 @@ def merge(
             click.echo(f"wrote {printable(str(report))}")
 
 
-def _check_report(report: Path, refs: Sequence[str], out: Path | None, dry_run: bool) -> None:
+def _check_report(report: Path, asked: Asked, out: Path | None, dry_run: bool) -> None:
     """Refuse what the page could not be made of, or could not be put at, before any work."""
     from . import merge_page
 
@@ -229,9 +234,11 @@ def _check_report(report: Path, refs: Sequence[str], out: Path | None, dry_run: 
         raise click.UsageError("--report is about what was written, and --dry-run writes nothing")
     if out.absolute() in (report.absolute(), *report.absolute().parents):
         raise click.UsageError(f"--report {printable(str(report))} is in OUT; choose another place")
-    if any(os.path.realpath(out) == os.path.realpath(ref) for ref in refs):
+    if len(numbers(asked.weights)) < len(asked.weights):
+        raise click.UsageError("--report needs one weight for each adapter, and the recipe gives them by module")
+    if any(os.path.realpath(out) == os.path.realpath(ref) for ref in asked.refs):
         raise click.UsageError(f"{printable(str(out))} is merged and replaced, so nothing is left to report on")
-    merge_page.check(refs)
+    merge_page.check(asked.refs)
 
 
 def _page(report: Path | None, force: bool) -> AbstractContextManager[Path | None]:
@@ -243,54 +250,15 @@ def _page(report: Path | None, force: bool) -> AbstractContextManager[Path | Non
     return staged_page(report, force=force)
 
 
-def _usage(make: Callable[[], T]) -> T:
-    """What `make` gives; options that it refuses are wrong usage."""
-    try:
-        return make()
-    except ConfigError as e:
-        raise click.UsageError(str(e)) from None
-
-
-def _whole(adapters: Sequence[Adapter], weights: Sequence[Weight], rule: Rule | None) -> Adapter:
-    """What is to be written, but for truncation."""
-    numbers = [weight for weight in weights if not isinstance(weight, Mapping)]
-    if rule is not None or len(numbers) < len(weights):
-        return _usage(lambda: adapter.merge(adapters, rule, weights=weights))
-    terms = [w * one for w, one in zip(numbers, adapters, strict=True)]
-    return sum(terms[1:], terms[0])
-
-
-def by_module(words: Sequence[str], weights: Sequence[float]) -> list[Weight]:
-    """The weights with those that `--at` gives for some modules.
-
-    >>> by_module(["*.mlp.*=0.5,1"], [0.7, 0.3])
-    [{'*.mlp.*': 0.5, '*': 0.7}, {'*.mlp.*': 1.0, '*': 0.3}]
-    """
-    tables: list[dict[str, float]] = [{} for _ in weights]
-    for word in words:
-        glob, is_, numbers = word.rpartition("=")
-        try:
-            own = [float(number) for number in re.split(r"[,\s]+", numbers.strip(", "))]
-        except ValueError:
-            own = []
-        if not is_ or not glob or len(own) != len(weights):
-            raise click.UsageError(f"--at {word!r}: write GLOB=W,W with {len(weights)} weights, one an adapter")
-        for patterns, number in zip(tables, own, strict=True):
-            patterns.setdefault(glob, number)
-    for patterns, weight in zip(tables, weights, strict=True):
-        patterns.setdefault("*", weight)
-    return list(tables) if words else list(weights)
-
-
 def _report(
     planned: Plan,
-    refs: Sequence[str],
-    weights: Sequence[float],
+    names: Sequence[str],
+    weights: Sequence[Weight],
     rule: Rule | None,
     error: RelativeError | None = None,
 ) -> dict[str, Any]:
     return {
-        "adapters": [{"ref": ref, "weight": w} for ref, w in zip(refs, weights, strict=True)],
+        "adapters": [{"ref": ref, "weight": w} for ref, w in zip(names, weights, strict=True)],
         "rule": None if rule is None else {"name": rule.name, "options": options.plain(rule)},
         **report(planned, error),
     }
@@ -325,6 +293,35 @@ def summary(planned: Plan, did: str, out: Path | None) -> str:
     if planned.contents.kept:
         lines.append(f"kept as they are: {', '.join(map(printable, sorted(planned.contents.kept)))}")
     return "\n".join(lines)
+
+
+def _foretold(planned: Plan) -> dict[str, Any]:
+    guess = estimate(planned)
+    error = 0.0 if planned.verbatim is not None else None
+    return {"predicted_error": error, "estimate": {"seconds": round(guess.seconds, 1), "memory": guess.nbytes}}
+
+
+def _forecast(planned: Plan, verbose: bool) -> str:
+    """What a dry run tells besides: the error, if headers tell it, the effort, and the modules."""
+    guess, exact = estimate(planned), planned.verbatim is not None
+    lines = [
+        "error: 0, the tensors are copied as they are" if exact else "error: measured when it is written",
+        f"estimate, within a factor of a few: {guess.seconds:.0f} s, {size(guess.nbytes)} of memory",
+    ]
+    sites = planned.contents.sites
+    rows = [
+        (printable(name), "×".join(map(str, part.shape)), str(planned.ranks.get(name, "-")), size(part_bytes(part)))
+        for name, part in (sites.items() if verbose else list(sites.items())[:WORST])
+    ]
+    lines.append(table(rows, ("module", "out×in", "rank", "size"), right=(1, 2, 3)))
+    if len(rows) < len(sites):
+        lines.append(f"… and {len(sites) - len(rows)} modules (-v shows all)")
+    return "\n".join(lines)
+
+
+def part_bytes(part: SiteContents) -> int:
+    """Bytes of one module's tensors."""
+    return sum(math.prod(t.shape) * ITEMSIZE[t.dtype] for t in part.tensors.values())
 
 
 def _span(planned: Plan) -> list[str]:

@@ -11,8 +11,7 @@ from typing import Any
 
 import click
 
-UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}
-UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+from ..recipe import nbytes
 
 
 def print_json(value: Any) -> None:
@@ -57,16 +56,10 @@ class Size(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        text = str(value).strip().lower()
-        number = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
-        unit = text[len(number) :].strip()
         try:
-            nbytes = int(float(number) * UNITS[unit])
-        except (ValueError, KeyError, OverflowError):
-            self.fail(f"{value!r} is not a size; write 80MB or 512KiB", param, ctx)
-        if nbytes < 1:
-            self.fail(f"{value!r} is not a positive size", param, ctx)
-        return nbytes
+            return nbytes(str(value))
+        except ValueError as e:
+            self.fail(str(e), param, ctx)
 
 
 @contextmanager

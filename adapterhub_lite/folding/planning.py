@@ -16,7 +16,7 @@ from typing import Any
 from .. import per_site
 from .._version import __version__
 from ..adapter import Adapter
-from ..agreement import common, equal
+from ..agreement import asked, common, equal
 from ..base_model import BaseModel
 from ..checkpoint import TensorInfo
 from ..combine import labelled
@@ -38,6 +38,8 @@ class Plan:
     terms: tuple[tuple[Weight, Source], ...]
     layers: Mapping[str, Layer]
     wholes: tuple[Whole, ...]
+    asked: Mapping[str, Any]
+    """What is no part of the sum, as `agreement.asked` has it."""
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -60,11 +62,18 @@ class Plan:
 
     def recipe(self, seed: int | None) -> dict[str, Any]:
         """How to make it again."""
-        base = {name: _header_digest(shard.path) for name, shard in self.model.shards.items()}
+        base = {name: header_digest(shard.path) for name, shard in self.model.shards.items()}
         how: dict[str, Any] = {"rounding": "nearest"} if seed is None else {"rounding": "stochastic", "seed": seed}
         terms = [{"weight": per_site.plain(w), **source.recipe()} for w, source in self.terms]
         name = self.model.folder.resolve().name
-        return {"rule": "fold", "base": name, "headers": base, **how, "of": {"rule": "sum", "terms": terms}}
+        return {
+            "rule": "fold",
+            "base": name,
+            "headers": base,
+            **how,
+            **self.asked,
+            "of": {"rule": "sum", "terms": terms},
+        }
 
     def result(self, digests: Mapping[str, str], kept: Mapping[str, Sequence[float]], seed: int | None) -> Folded:
         """What came of it; `kept` as `Kept` has it, by layer."""
@@ -104,12 +113,14 @@ def planned(
     weighed = zip(terms, named, strict=True)
     active = [source for (w, source), (own, _) in weighed if any(own.values()) or (not own and w != 0)]
     wholes: tuple[Whole, ...] = ()
+    told: Mapping[str, Any] = {}
     if active:
         agreed = common(labelled(active), any_base=any_base, keep=keep)
+        told = asked(agreed, any_base=any_base, keep=keep)
         wholes = _apart(found, _wholes(model, agreed.kept, agreed.kept_options, active))
     if not found and not wholes:
         raise NotMergeable("nothing is left to fold: all weights are zero", fix="give a weight that is not zero")
-    return Plan(model, terms, found, wholes)
+    return Plan(model, terms, found, wholes, told)
 
 
 def _retained(parts: Sequence[Sequence[float]]) -> Retained:
@@ -192,7 +203,7 @@ def _counterpart(model: BaseModel, name: str, sources: Sequence[Source]) -> Tens
     return model.tensors.get(name)
 
 
-def _header_digest(path: Path) -> str:
+def header_digest(path: Path) -> str:
     """The SHA-256 of a file's header: of names, shapes and places, not of the numbers."""
     with reading(path) as handle:
         length = int.from_bytes(os.pread(handle, 8, 0), "little")

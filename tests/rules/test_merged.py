@@ -284,7 +284,7 @@ def test_the_recipe_has_the_rule_its_options_and_version(abc: list[Adapter]) -> 
     recipe = facts["recipe"]["terms"][0]["of"]["terms"][0]
     assert (recipe["rule"], recipe["version"]) == ("dare_ties", 1)
     assert recipe["options"] == {"density": 0.2, "scale": 1.0, "seed": 5, "variant": "paper"}
-    assert [term["weight"] for term in recipe["terms"]] == [1, 2, {"*": [1.0, 2.0]}]
+    assert [term["weight"] for term in recipe["terms"]] == [1, 2, [["*", [1.0, 2.0]]]]
     digest = hashlib.sha256(Path("a/adapter_model.safetensors").read_bytes()).hexdigest()
     assert recipe["terms"][0]["sha256"]["adapter_model.safetensors"] == digest
     assert registry().rule(recipe["rule"])(**recipe["options"]).seed == 5  # type: ignore[attr-defined]
