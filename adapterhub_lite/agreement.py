@@ -113,7 +113,7 @@ def _kept(parts: Mapping[str, Contents], keep: str | None) -> tuple[dict[str, An
             a, b = first.kept.get(key), own.kept.get(key)
             if a is None or b is None:
                 why = f"only {label if b is None else other} has it"
-            elif not _equal(a, b):
+            elif not equal(a, b):
                 why = f"{label} and {other} have different values"
             else:
                 continue
@@ -149,7 +149,7 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: sorted(value) if key == "modules_to_save" else value for key, value in options.items()}
 
 
-def _equal(a: TensorInfo, b: TensorInfo) -> bool:
+def equal(a: TensorInfo, b: TensorInfo) -> bool:
     """Bit by bit, in bounded memory: a head can have a gigabyte."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False

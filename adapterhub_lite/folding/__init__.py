@@ -232,6 +232,8 @@ def _refuse_same(out: Path, base: Path) -> None:
     there, here = base.resolve(), out.absolute()
     if there in (here.resolve(), *here.resolve().parents):
         raise FileError("is the base's own folder, or in it", where=out, fix="choose another -o")
+    if here.resolve() in there.parents and out.exists():
+        raise FileError("has the base in it, which would be replaced too", where=out, fix="choose another -o")
 
 
 def _clear(folder: Path, journal: Journal) -> None:

@@ -46,14 +46,17 @@ def _kind(layer: Layer, source: Source, name: str) -> type[Site]:
     told = registry().site_kind(part.kind)
     fitting = [kind for kind in _alike(told) if _fits(part, kind(layer.name, layer.weight.shape))]
     if not fitting:
-        told_shape = part.weight_shape if -1 in part.shape else part.shape
         raise NotMergeable(
-            f"{label} adapts a {part.kind} of shape {list(told_shape)} at {name!r}, and the base has "
+            f"{label} adapts {name!r} as {part.kind} of shape {list(part.weight_shape)}, and the base has "
             f"{list(layer.weight.shape)} there",
             fix="give the base that it was trained on; a resized vocabulary is not merged",
         )
-    if len(fitting) > 1:  # as many inputs as outputs: the file's flag tells which way it lies
-        transposed = any(own.transposed for own in source.contents.values())
+    if (
+        len(fitting) > 1
+    ):  # as many inputs as outputs: the base's other layers tell which way it lies, or the file's flag
+        transposed = layer.by_inputs
+        if transposed is None:  # PEFT's flag is that of the last layer that it adapted
+            transposed = any(own.transposed for own in source.contents.values())
         fitting = [kind for kind in fitting if kind.by_inputs == transposed]
     kind = fitting[0]
     if isinstance(source, Single) and not gives_delta(source) and kind.kind not in source.own.method.site_kinds:

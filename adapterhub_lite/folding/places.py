@@ -33,6 +33,8 @@ class Layer:
     parts: tuple[Part, ...]
     biased: bool
     """Whether the bias may change too."""
+    by_inputs: bool | None
+    """Whether this base's linear layers have a row for each input, not for each output; None where it does not tell."""
 
     @property
     def touched(self) -> list[TensorInfo]:
@@ -45,9 +47,11 @@ def layers(base: BaseModel, terms: Iterable[tuple[Mapping[str, float], Source]])
     Raises `UnknownName` for a site that is none of the base's layers, and `NotMergeable` where a sum would be wrong.
     """
     known = _layers_of(base)
+    by_inputs = _by_inputs(known.values())
     found: dict[str, Layer] = {}
     for i, (weights, source) in enumerate(terms):
         label = next(iter(source.contents))
+        gives_delta(source)
         rename = renaming(source, base)
         for site, weight in weights.items():
             if weight == 0:
@@ -57,7 +61,7 @@ def layers(base: BaseModel, terms: Iterable[tuple[Mapping[str, float], Source]])
             former = found.get(name)
             parts = (*(former.parts if former else ()), Part(i, site, weight))
             biased = _changes_bias(source, site) or (former is not None and former.biased)
-            layer = Layer(name, tensors["weight"], tensors.get("bias"), parts, biased)
+            layer = Layer(name, tensors["weight"], tensors.get("bias"), parts, biased, by_inputs)
             _refuse_stored(layer, base, label)
             found[name] = layer
     _refuse_tied(base, found)
@@ -98,6 +102,16 @@ def _layers_of(base: BaseModel) -> dict[str, dict[str, TensorInfo]]:
         if module and parameter in ("weight", "bias"):
             found.setdefault(module, {})[parameter] = info
     return {name: tensors for name, tensors in found.items() if "weight" in tensors}
+
+
+def _by_inputs(known: Iterable[Mapping[str, TensorInfo]]) -> bool | None:
+    """How this base stores linear layers, by those with a bias and more inputs than outputs, or fewer."""
+    told = set()
+    for tensors in known:
+        weight, bias = tensors["weight"].shape, tensors["bias"].shape if "bias" in tensors else ()
+        if len(weight) == 2 and weight[0] != weight[1] and bias in ((weight[0],), (weight[1],)):
+            told.add(bias == (weight[1],))
+    return told.pop() if len(told) == 1 else None
 
 
 class Renaming(NamedTuple):
@@ -158,19 +172,28 @@ def _refuse_stored(layer: Layer, base: BaseModel, label: str) -> None:
             )
 
 
+def tied(base: BaseModel) -> set[str]:
+    """The tensors that are the embedding and the output head at once."""
+    told = [base.config, *(part for part in base.config.values() if isinstance(part, dict))]  # text_config and the like
+    vocabularies = {part["vocab_size"] for part in told if isinstance(part.get("vocab_size"), int)}
+    like = [t.name for t in base.tensors.values() if len(t.shape) == 2 and t.shape[0] in vocabularies]
+    tie = next((part["tie_word_embeddings"] for part in told if "tie_word_embeddings" in part), len(like) == 1)
+    heads = [name for name in base.config.get("architectures") or () if isinstance(name, str)]
+    if not tie or not any(mark in name for name in heads for mark in ("LM", "ConditionalGeneration", "PreTraining")):
+        return set()
+    return set(like)
+
+
+def tied_error(name: str, done: str) -> NotMergeable:
+    return NotMergeable(
+        f"{name!r} is the embedding and the output head at once (tie_word_embeddings), and {done} would change both",
+        fix="untie them in the base first, or leave the adapter unmerged",
+    )
+
+
 def _refuse_tied(base: BaseModel, found: Mapping[str, Layer]) -> None:
     """An embedding that the output head shares would change the head as well."""
-    vocabulary = base.config.get("vocab_size")
-    like = [t.name for t in base.tensors.values() if len(t.shape) == 2 and t.shape[0] == vocabulary]
-    if not base.config.get("tie_word_embeddings", len(like) == 1):
-        return
-    heads = [name for name in base.config.get("architectures") or () if isinstance(name, str)]
-    if not any(mark in name for name in heads for mark in ("LM", "ConditionalGeneration")):
-        return
+    shared = tied(base)
     for layer in found.values():
-        if layer.weight.name in like:
-            raise NotMergeable(
-                f"{layer.name!r} is the embedding and the output head at once (tie_word_embeddings), which a merge "
-                "would change both",
-                fix="untie them in the base first, or leave the adapter unmerged",
-            )
+        if layer.weight.name in shared:
+            raise tied_error(layer.name, "a merge")

@@ -14,7 +14,7 @@ from typing import Any
 
 from .._version import __version__
 from ..adapter import Adapter
-from ..agreement import common
+from ..agreement import common, equal
 from ..base_model import BaseModel
 from ..checkpoint import TensorInfo
 from ..combine import WeightedSum
@@ -23,7 +23,7 @@ from ..registry import registry
 from ..source import DEFAULT, Source
 from .copying import reading
 from .manifest import Folded, Retained
-from .places import Layer, layers, renaming
+from .places import Layer, layers, renaming, tied, tied_error
 from .shards import Shard, Whole
 
 At = Mapping[str, Sequence[float]]
@@ -95,10 +95,7 @@ def planned(
     named = [(_weights(source, i, w, terms, at or {}), source) for i, (w, source) in enumerate(terms)]
     found = layers(model, named)
     agreed = common(WeightedSum(terms).contents, any_base=any_base, keep=keep)
-    wholes = _wholes(model, agreed.kept, agreed.kept_options, terms)
-    for whole in wholes:
-        if (adapted := next((layer for layer in found.values() if whole.old in layer.touched), None)) is not None:
-            raise NotMergeable(f"{adapted.name!r} is both adapted and replaced", fix="pass --keep none")
+    wholes = _apart(found, _wholes(model, agreed.kept, agreed.kept_options, terms))
     if not found and not wholes:
         raise NotMergeable("nothing is left to fold: all weights are zero", fix="give a weight that is not zero")
     return Plan(model, terms, at or {}, found, wholes)
@@ -135,7 +132,7 @@ def _wholes(
     model: BaseModel, kept: Mapping[str, Any], options: Mapping[str, Any], terms: Sequence[tuple[float, Source]]
 ) -> tuple[Whole, ...]:
     """The base's tensors that trained heads, biases and token rows replace."""
-    found = []
+    found, shared = [], tied(model)
     for name, value, rows in registry().format(DEFAULT).replaced(kept, options):
         old = _counterpart(model, name, terms)
         label = f"{value.path.parent.name}: the trained value of {name!r}"
@@ -154,8 +151,25 @@ def _wholes(
                 f"{label} has the shape {list(value.shape)}, and the base's {list(old.shape)}",
                 fix="resize the base's vocabulary first, or pass --keep none",
             )
+        if old.name in shared and not rows and not equal(old, value):  # rows that are trained are trained in both
+            raise tied_error(old.name, "the trained value")
         found.append(Whole(old, value, rows))
     return tuple(found)
+
+
+def _apart(found: Mapping[str, Layer], wholes: Sequence[Whole]) -> tuple[Whole, ...]:
+    """The values that replace a tensor, where no adapter changes it too.
+
+    PEFT saves the weights of an adapted embedding or output head beside the adapter: they are the base's own.
+    """
+    adapted = {info.name: layer for layer in found.values() for info in layer.touched}
+    for whole in wholes:
+        if (layer := adapted.get(whole.old.name)) is not None and (whole.rows or not equal(whole.old, whole.new)):
+            raise NotMergeable(
+                f"{layer.name!r} is adapted, and an adapter brings another {whole.old.name!r} along",
+                fix="pass --keep none to take the base's",
+            )
+    return tuple(whole for whole in wholes if whole.old.name not in adapted)
 
 
 def _counterpart(model: BaseModel, name: str, terms: Sequence[tuple[float, Source]]) -> TensorInfo | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..checkpoint import ITEMSIZE, Checkpoint, TensorInfo, sha256, torch_dtype
+from ..checkpoint import ITEMSIZE, Checkpoint, TensorInfo, is_finite, sha256, torch_dtype
+from ..errors import NotMergeable
 from ..source import Source, read
 from .copying import Step, copy_range, no_step, read_at, reading, reserve, write_at, writing
 from .places import Layer
@@ -52,6 +54,12 @@ class Shard:
         here.update({whole.old.name: whole.old for whole in self.wholes})
         return sorted(here.values(), key=lambda info: info.start)
 
+    @property
+    def rewritten(self) -> list[TensorInfo]:
+        """Those of which no byte stays."""
+        in_part = {whole.old.name for whole in self.wholes if whole.rows is not None}
+        return [info for info in self.touched if info.name not in in_part]
+
 
 def never() -> bool:
     """Nobody has stopped it."""
@@ -87,7 +95,7 @@ def lay_out(shard: Shard, target: Path, step: Step = no_step) -> None:
         size = os.fstat(old).st_size
         reserve(new, size)
         at = 0
-        for info in shard.touched:
+        for info in shard.rewritten:
             copy_range(old, new, at, info.start, source, step)
             at = info.stop
         copy_range(old, new, at, size, source, step)
@@ -218,7 +226,7 @@ def _put_whole(whole: Whole, job: Job, handle: int) -> None:
     from .blocks import BLOCK, Span
 
     old, new = whole.old, whole.new
-    row = new.numel // new.shape[0] if new.shape else 1
+    row = math.prod(new.shape[1:])
     step = 1 if whole.rows is not None else max(1, BLOCK // max(row, 1))
     for i in range(0, new.numel // max(row, 1), step):
         n = min(step, new.numel // row - i)
@@ -226,6 +234,10 @@ def _put_whole(whole: Whole, job: Job, handle: int) -> None:
         part = read(replace(new, shape=(n * row,), start=at, stop=at + size))
         if old.dtype != new.dtype:
             part = job.rounding(part.double(), torch_dtype(old.dtype), old.name, Span(i, i + n, True))
+            if not is_finite(part):
+                raise NotMergeable(
+                    f"the trained value of {old.name!r} does not fit {old.dtype}", fix="pass --keep none"
+                )
         to = i if whole.rows is None else whole.rows[i]
         write_at(handle, _bytes_of(part), old.start + to * row * ITEMSIZE[old.dtype])
         job.step(part.nbytes)
