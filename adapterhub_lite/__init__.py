@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .errors import UnknownName as UnknownName
     from .extraction import extract as extract
     from .folding import fold as fold
+    from .folding.verify import verify as verify
     from .hookspecs import hookimpl as hookimpl
     from .live import adapt as adapt
     from .protocol import Method as Method
@@ -87,6 +88,7 @@ _HOME = {
     "UnknownName": "errors",
     "extract": "extraction",
     "fold": "folding",
+    "verify": "folding.verify",
     "hookimpl": "hookspecs",
     "adapt": "live",
     "Method": "protocol",

@@ -24,6 +24,7 @@ COMMANDS = {
     "diff": ("diff", "How like adapters are: norms, cosine, overlap, spectra; an HTML page."),
     "resize": ("resize", "One adapter, at a lower rank, error, size or precision."),
     "extract": ("extract", "A LoRA from a full fine-tune: what its weights differ by from the base's."),
+    "verify": ("verify", "Whether an output is what was written, and what its recipe gives."),
     "compile": ("compile", "A composition, sums and chains of adapters, into one plain LoRA."),
     "convert": ("convert", "A folder of another dialect, AdapterHub's say, in PEFT's layout."),
     "plugin": ("plugin", "Write a plugin package, and check it."),

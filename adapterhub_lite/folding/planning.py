@@ -60,7 +60,7 @@ class Plan:
 
     def recipe(self, seed: int | None) -> dict[str, Any]:
         """How to make it again."""
-        base = {name: _header_digest(shard.path) for name, shard in self.model.shards.items()}
+        base = {name: header_digest(shard.path) for name, shard in self.model.shards.items()}
         how: dict[str, Any] = {"rounding": "nearest"} if seed is None else {"rounding": "stochastic", "seed": seed}
         if self.at:
             how["at"] = {glob: list(weights) for glob, weights in self.at.items()}
@@ -181,7 +181,7 @@ def _counterpart(model: BaseModel, name: str, terms: Sequence[tuple[float, Sourc
     return model.tensors.get(name)
 
 
-def _header_digest(path: Path) -> str:
+def header_digest(path: Path) -> str:
     """The SHA-256 of a file's header: of names, shapes and places, not of the numbers."""
     with reading(path) as handle:
         length = int.from_bytes(os.pread(handle, 8, 0), "little")

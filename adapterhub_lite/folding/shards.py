@@ -123,7 +123,7 @@ class _Folding:
         from .blocks import Change, Kept
 
         kept: dict[str, Kept] = {}
-        pool = ThreadPoolExecutor(self.job.threads, initializer=_one_thread)
+        pool = ThreadPoolExecutor(self.job.threads, initializer=one_thread)
         waiting: deque[tuple[Change, list[Future[_Piece]]]] = deque()
 
         def finish() -> None:
@@ -151,7 +151,7 @@ class _Folding:
             raise KeyboardInterrupt
         info = change.layer.weight
         with reading(info.path) as old:
-            stored = _read(old, info, span, change.site)
+            stored = read_part(old, info, span, change.site)
         new, db, kept = change.block(stored, span, self.job.rounding)
         if self.job.shard.has(info):
             _write(self.new, info, new, span, change.site)
@@ -193,14 +193,14 @@ def _runs(info: TensorInfo, span: Span, site: Site) -> Iterator[tuple[int, int]]
         yield at + span.start * size, at + span.stop * size
 
 
-def _read(handle: int, info: TensorInfo, span: Span, site: Site) -> Tensor:
+def read_part(handle: int, info: TensorInfo, span: Span, site: Site) -> Tensor:
     """The part of a weight, as it is stored."""
     import torch
 
     shape, n = list(site.weight_shape), span.stop - span.start
     shape[0 if span.outputs != site.by_inputs else 1] = n
     part = torch.empty(shape, dtype=torch_dtype(info.dtype))
-    view, at = _bytes_of(part), 0
+    view, at = bytes_of(part), 0
     for start, stop in _runs(info, span, site):
         read_at(handle, view[at : at + stop - start], start, info.path)
         at += stop - start
@@ -208,13 +208,13 @@ def _read(handle: int, info: TensorInfo, span: Span, site: Site) -> Tensor:
 
 
 def _write(handle: int, info: TensorInfo, part: Tensor, span: Span, site: Site) -> None:
-    view, at = _bytes_of(part), 0
+    view, at = bytes_of(part), 0
     for start, stop in _runs(info, span, site):
         write_at(handle, view[at : at + stop - start], start)
         at += stop - start
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     import torch
 
     data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -222,7 +222,13 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _put_whole(whole: Whole, job: Job, handle: int) -> None:
-    """A value that an adapter brings along, in the base's dtype, piece by piece: a head can have a gigabyte."""
+    for at, part in pieces(whole, job.rounding):
+        write_at(handle, bytes_of(part), at)
+        job.step(part.nbytes)
+
+
+def pieces(whole: Whole, rounding: Rounding) -> Iterator[tuple[int, Tensor]]:
+    """A value that an adapter brings along, in the base's dtype, and where in the file: a head can have a gigabyte."""
     from .blocks import BLOCK, Span
 
     old, new = whole.old, whole.new
@@ -233,21 +239,20 @@ def _put_whole(whole: Whole, job: Job, handle: int) -> None:
         at, size = new.start + i * row * ITEMSIZE[new.dtype], n * row * ITEMSIZE[new.dtype]
         part = read(replace(new, shape=(n * row,), start=at, stop=at + size))
         if old.dtype != new.dtype:
-            part = job.rounding(part.double(), torch_dtype(old.dtype), old.name, Span(i, i + n, True))
+            part = rounding(part.double(), torch_dtype(old.dtype), old.name, Span(i, i + n, True))
             if not is_finite(part):
                 raise NotMergeable(
                     f"the trained value of {old.name!r} does not fit {old.dtype}", fix="pass --keep none"
                 )
         to = i if whole.rows is None else whole.rows[i]
-        write_at(handle, _bytes_of(part), old.start + to * row * ITEMSIZE[old.dtype])
-        job.step(part.nbytes)
+        yield old.start + to * row * ITEMSIZE[old.dtype], part
 
 
 def _put(handle: int, info: TensorInfo, tensor: Tensor) -> None:
-    write_at(handle, _bytes_of(tensor.contiguous()), info.start)
+    write_at(handle, bytes_of(tensor.contiguous()), info.start)
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
