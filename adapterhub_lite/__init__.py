@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .compare import diff as diff
     from .compose import Base as Base
     from .compose import Chain as Chain
+    from .compose import Fuse as Fuse
     from .compose import Gate as Gate
     from .compose import Mean as Mean
     from .compose import Route as Route
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .live import adapt as adapt
     from .protocol import Method as Method
     from .protocol import Params as Params
+    from .routing import Router as Router
     from .rule import Part as Part
     from .rule import Place as Place
     from .rule import Rule as Rule
@@ -64,6 +66,7 @@ _HOME = {
     "diff": "compare",
     "Base": "compose",
     "Chain": "compose",
+    "Fuse": "compose",
     "Gate": "compose",
     "Mean": "compose",
     "Route": "compose",
@@ -93,13 +96,14 @@ _HOME = {
     "adapt": "live",
     "Method": "protocol",
     "Params": "protocol",
+    "Router": "routing",
     "Part": "rule",
     "Place": "rule",
     "Rule": "rule",
     "Site": "site",
 }
 
-__all__ = ["__version__", "method", *_HOME]
+__all__ = ["__version__", "method", "router", *_HOME]
 
 
 def method(name: str, **options: Any) -> Method:
@@ -111,6 +115,17 @@ def method(name: str, **options: Any) -> Method:
     from .registry import registry
 
     return registry().method(name)(**options)
+
+
+def router(name: str, **options: Any) -> Router:
+    """The router called `name`, from whatever plugin gives it, with these options.
+
+    >>> router("arrow", top_k=2)
+    Arrow(top_k=2, temperature=1.0)
+    """
+    from .registry import registry
+
+    return registry().router(name)(**options)
 
 
 def __getattr__(name: str) -> Any:

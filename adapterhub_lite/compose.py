@@ -7,7 +7,8 @@ At each layer a tree maps the layer's input x and an output v to another output;
     Sum         v + Σ wᵢ (fᵢ(v) − v)
     Mean        the same with 1/N
     Chain       fₙ(… f₁(v)), with the same x for all
-    Route       v + Σ gᵢ(x) (fᵢ(v) − v), with weights from a trained gate that add up to 1
+    Route       v + Σ gᵢ(x) (fᵢ(v) − v), with weights from a trained gate, or a router, that add up to 1
+    Fuse        v + V Σ aᵢ (fᵢ(v) − v), attention from v over what the adapters add: AdapterFusion
     Rows        each row of a batch its own; the root alone can be this
 
 Nothing here imports torch: trees are made, read and written without a model.
@@ -16,12 +17,13 @@ Nothing here imports torch: trees are made, read and written without a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from . import options
 from .errors import ConfigError, NotMergeable, nearest
+from .routing import Router
 
 MAX_DEPTH = 100  # of a tree: far below where Python's stack ends
 
@@ -32,18 +34,30 @@ class Gate:
 
     `gate * use("a")` is a term whose weight it is. h is the layer's input, or with `reads="output"` what the term
     begins with. With `per="sample"` it is the mean over a sample's tokens, with `per="token"` each token has its own.
-    A gate of several `outputs` belongs to a `Route`, and is a softmax over them.
+    A gate of several `outputs` belongs to a `Route`, and is a softmax over them, or what the router `by` makes of the
+    input; `adapters.add_router` makes that. `way` is one way of a router by itself: see `Route.alone`. One that
+    `fuses` has the tensors of a `Fuse`, and `adapters.add_fusion` makes it.
     """
 
     name: str
     per: Literal["sample", "token"] = "sample"
     reads: Literal["input", "output"] = "input"
     outputs: int = 1
+    by: Router | None = None
+    way: int | None = None
+    fuses: bool = False
 
     def __post_init__(self) -> None:
         options.validate(self, owner=f"gate {self.name!r}")
         if self.outputs < 1:
             raise ConfigError(f"a gate of {self.outputs} outputs weighs nothing", where=self.name, fix="give one")
+        if self.by is not None and self.reads != "input":
+            raise ConfigError(f"router {self.by.name!r} reads the layer's input", where=self.name)
+        if self.fuses and (self.per, self.reads, self.by) != ("token", "output", None):
+            raise ConfigError("a fusion reads the output, token by token", where=self.name)
+        if self.way is not None and (self.by is None or not 0 <= self.way < self.outputs):
+            what = f"a gate of {self.outputs} outputs has no way {self.way} that could be on alone"
+            raise ConfigError(what, where=self.name, fix="make the router with adapters.add_router()")
 
     def __mul__(self, node: Node) -> Sum:
         return Sum(((self, _node(node)),))
@@ -112,7 +126,9 @@ class Sum(Node):
         _children([node for _, node in _pairs(self.terms)], "Sum")
         for weight, _ in self.terms:
             if isinstance(weight, Gate):
-                if weight.outputs != 1:
+                if weight.fuses:
+                    raise ConfigError(f"the fusion {weight.name!r} is no weight of a term", fix="give it to a Fuse")
+                if weight.outputs != 1 and weight.way is None:
                     what = f"the gate {weight.name!r} has {weight.outputs} outputs, and a term has one weight"
                     raise ConfigError(what, fix="give it to a Route")
             elif isinstance(weight, bool) or not isinstance(weight, (int, float)) or not _finite(weight):
@@ -144,7 +160,7 @@ class Chain(Node):
 
 @dataclass(frozen=True)
 class Route(Node):
-    """v + Σ gᵢ(x) (fᵢ(v) − v), where a gate of as many outputs gives the weights."""
+    """v + Σ gᵢ(x) (fᵢ(v) − v), where a gate of as many outputs, or a router, gives the weights."""
 
     gate: Gate
     of: tuple[Node, ...]
@@ -158,6 +174,33 @@ class Route(Node):
                 f"the gate {self.gate.name!r} has {self.gate.outputs} outputs for {len(self.of)} ways",
                 fix=f"make one with outputs={len(self.of)}",
             )
+        if self.gate.fuses:
+            raise ConfigError(f"the fusion {self.gate.name!r} is no gate", fix="give it to a Fuse")
+        if self.gate.way is not None:
+            raise ConfigError(f"{self.gate.name!r} is one way by itself, and a Route has all", fix="give the gate")
+
+    def alone(self, way: int) -> Sum:
+        """The way of that number by itself, weighed by what its router trains: see `Router.alone`."""
+        return replace(self.gate, way=way) * self.of[way]
+
+
+@dataclass(frozen=True)
+class Fuse(Node):
+    """v + V Σ aᵢ uᵢ, where uᵢ = fᵢ(v) − v and a is the softmax of (Q v + q) · K uᵢ: AdapterFusion.
+
+    Ways that add nothing at a layer are left out there. `adapters.add_fusion` makes it.
+    """
+
+    gate: Gate
+    of: tuple[Node, ...]
+
+    def __post_init__(self) -> None:
+        _children(self.of, "Fuse")
+        if not isinstance(self.gate, Gate) or not self.gate.fuses:
+            raise ConfigError(f"{self.gate!r} is not a fusion", fix="make one with adapters.add_fusion()")
+        if self.gate.outputs != len(self.of):
+            what = f"the fusion {self.gate.name!r} is of {self.gate.outputs} ways, and here are {len(self.of)}"
+            raise ConfigError(what, fix="give those that it was made for")
 
 
 @dataclass(frozen=True)
@@ -232,7 +275,7 @@ def children(node: Node) -> tuple[Node, ...]:
     """Those right below."""
     if isinstance(node, Sum):
         return tuple(child for _, child in node.terms)
-    return node.of if isinstance(node, (Mean, Chain, Route, Rows)) else ()
+    return node.of if isinstance(node, (Mean, Chain, Route, Fuse, Rows)) else ()
 
 
 def nodes(node: Node) -> Iterator[Node]:
@@ -252,14 +295,24 @@ def names(node: Node) -> tuple[str, ...]:
 
 
 def gates(node: Node) -> tuple[Gate, ...]:
-    """The gates in it, each once, in order."""
-    found: dict[Gate, None] = {}
+    """The gates in it, each once, in order; a way by itself is its gate."""
+    return tuple(dict.fromkeys(replace(gate, way=None) for gate in _gates(node)))
+
+
+def ways(node: Node) -> dict[str, set[int | None]]:
+    """By the names of the gates in it, which of their ways are on by themselves; None is all together."""
+    found: dict[str, set[int | None]] = {}
+    for gate in _gates(node):
+        found.setdefault(gate.name, set()).add(gate.way)
+    return found
+
+
+def _gates(node: Node) -> Iterator[Gate]:
     for own in nodes(node):
-        if isinstance(own, Route):
-            found[own.gate] = None
+        if isinstance(own, (Route, Fuse)):
+            yield own.gate
         elif isinstance(own, Sum):
-            found.update((weight, None) for weight, _ in own.terms if isinstance(weight, Gate))
-    return tuple(found)
+            yield from (weight for weight, _ in own.terms if isinstance(weight, Gate))
 
 
 def weights(node: Node) -> dict[str, float] | None:
@@ -330,9 +383,9 @@ def reduced(node: Node, here: Collection[str]) -> Node:
     if isinstance(node, Chain):
         links = [own for child in node.of if not isinstance(own := reduced(child, here), Base)]
         return Base() if not links else links[0] if len(links) == 1 else Chain(tuple(links))
-    if isinstance(node, Route):
+    if isinstance(node, (Route, Fuse)):
         ways = tuple(reduced(own, here) for own in node.of)
-        return Base() if all(isinstance(own, Base) for own in ways) else Route(node.gate, ways)
+        return Base() if all(isinstance(own, Base) for own in ways) else type(node)(node.gate, ways)
     if isinstance(node, Rows):
         each = tuple(reduced(own, here) for own in node.of)
         return Base() if all(isinstance(own, Base) for own in each) else Rows(each)
@@ -354,16 +407,25 @@ def plain(node: Node) -> dict[str, Any]:
         return {"kind": "base"}
     if isinstance(node, Sum):
         terms = [
-            {"weight": options.plain(weight) if isinstance(weight, Gate) else float(weight), "of": plain(own)}
+            {"weight": _plain_gate(weight) if isinstance(weight, Gate) else float(weight), "of": plain(own)}
             for weight, own in node.terms
         ]
         return {"kind": "sum", "terms": terms}
     if isinstance(node, Rows):
         raise ConfigError("rows of a batch are no composition to keep", fix="save the composition of one row")
     of = [plain(own) for own in children(node)]
-    if isinstance(node, Route):
-        return {"kind": "route", "gate": options.plain(node.gate), "of": of}
+    if isinstance(node, (Route, Fuse)):
+        return {"kind": type(node).__name__.lower(), "gate": _plain_gate(node.gate), "of": of}
     return {"kind": type(node).__name__.lower(), "of": of}
+
+
+def _plain_gate(gate: Gate) -> dict[str, Any]:
+    own: dict[str, Any] = {"name": gate.name, "per": gate.per, "reads": gate.reads, "outputs": gate.outputs}
+    if gate.by is not None:
+        own["router"] = {"name": gate.by.name, "options": options.plain(gate.by)}
+    if gate.fuses:
+        own["fuses"] = True
+    return own if gate.way is None else {**own, "way": gate.way}
 
 
 _ENTRIES = {
@@ -373,10 +435,14 @@ _ENTRIES = {
     "mean": {"of"},
     "chain": {"of"},
     "route": {"gate", "of"},
+    "fuse": {"gate", "of"},
 }
 
 
-def from_plain(value: Any, depth: int = 1) -> Node:
+Routers: TypeAlias = Callable[[str], type[Router]]  # by name
+
+
+def from_plain(value: Any, routers: Routers, depth: int = 1) -> Node:
     """The tree that `plain` wrote; `ConfigError` for anything else."""
     if depth > MAX_DEPTH:
         raise ConfigError(f"the composition is more than {MAX_DEPTH} levels deep")
@@ -395,21 +461,33 @@ def from_plain(value: Any, depth: int = 1) -> Node:
                 raise ConfigError(f"{_shown(term)} is no term of a sum", fix='give {"weight": …, "of": …}')
             _exactly(term, {"weight", "of"}, "term")
             weight = term["weight"]
-            weight = gate_from_plain(weight) if isinstance(weight, dict) else weight
-            terms.append((weight, from_plain(term["of"], depth + 1)))
+            weight = gate_from_plain(weight, routers) if isinstance(weight, dict) else weight
+            terms.append((weight, from_plain(term["of"], routers, depth + 1)))
         return Sum(tuple(terms))
-    of = tuple(from_plain(own, depth + 1) for own in _listed(value["of"], kind))
-    if kind == "route":
-        return Route(gate_from_plain(value["gate"]), of)
+    of = tuple(from_plain(own, routers, depth + 1) for own in _listed(value["of"], kind))
+    if kind in ("route", "fuse"):
+        gate = gate_from_plain(value["gate"], routers)
+        return Route(gate, of) if kind == "route" else Fuse(gate, of)
     return Mean(of) if kind == "mean" else Chain(of)
 
 
-def gate_from_plain(value: Any) -> Gate:
-    """The gate with these fields, all of which must be there."""
+def gate_from_plain(value: Any, routers: Routers) -> Gate:
+    """The gate with these fields, all of which must be there; routers and fusions have more."""
     if not isinstance(value, dict):
         raise ConfigError(f"{_shown(value)} is no gate")
-    _exactly(value, {f.name for f in fields(Gate)}, "gate")
-    return Gate(**value)
+    more = {key: value[key] for key in ("way", "fuses") if key in value}
+    own = {key: v for key, v in value.items() if key not in ("router", *more)}
+    _exactly(own, {"name", "per", "reads", "outputs"}, "gate")
+    if "router" not in value:
+        return Gate(**own, **more)
+    told = value["router"]
+    if not isinstance(told, dict) or not isinstance(told.get("options"), dict):
+        raise ConfigError(f"{_shown(told)} is no router")
+    _exactly(told, {"name", "options"}, "router")
+    if not isinstance(told["name"], str):
+        raise ConfigError(f"a router is called {_shown(told['name'])}")
+    by = options.build(routers(told["name"]), told["options"], owner=f"router {told['name']!r}")
+    return Gate(**own, **more, by=by)
 
 
 def _exactly(value: dict[str, Any], entries: Collection[str], what: str) -> None:

@@ -40,7 +40,8 @@ FORMAT = Kind("formats", "format", "format.", classes=False)
 SITE_KIND = Kind("site_kinds", "site kind", "site.", attribute="kind")
 COMMAND = Kind("commands", "command", "command.", classes=False)
 RULE = Kind("rules", "rule", "rule.")
-KINDS = (METHOD, FORMAT, SITE_KIND, RULE, COMMAND)
+ROUTER = Kind("routers", "router", "router.")
+KINDS = (METHOD, FORMAT, SITE_KIND, RULE, ROUTER, COMMAND)
 _PREFIXES = tuple(kind.prefix for kind in KINDS if kind.prefix)
 
 

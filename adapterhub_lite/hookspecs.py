@@ -4,8 +4,8 @@ A plugin is a module that has at least one function decorated with `hookimpl` an
 as below. An entry point of the group `adapterhub_lite` makes it known, and the entry
 point's name is the plugin's name. A prefix says that the plugin gives nothing else, so
 that it is left alone when something else is wanted: `format.NAME`, `site.NAME`,
-`rule.NAME`, `command.NAME`. Without a prefix it may give methods, formats, site kinds and
-rules.
+`rule.NAME`, `router.NAME`, `command.NAME`. Without a prefix it may give methods, formats,
+site kinds, rules and routers.
 
 Hooks are called to find out what there is, at most once each in a process; nothing that
 computes goes through them. A hook that raises loses what it would have given, and nobody
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from .format import Format
     from .protocol import Method
+    from .routing import Router
     from .rule import Rule
     from .site import Site
 
@@ -69,6 +70,15 @@ def rules() -> Iterable[type[Rule]]:  # type: ignore[empty-body]
     Called when a rule is asked for by its name, or rules are listed. Plugins named `rule.NAME`
     and plugins without a prefix are asked; for one rule by its name, those of that name come
     first.
+    """
+
+
+@hookspec
+def routers() -> Iterable[type[Router]]:  # type: ignore[empty-body]
+    """Routers: classes, each with its own `name`.
+
+    Called when a router is asked for by its name, or a composition that has one is loaded. Plugins named
+    `router.NAME` and plugins without a prefix are asked; for one router by its name, those of that name come first.
     """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import ConfigError
 
@@ -48,6 +48,13 @@ def check(weight: Weight, owner: str) -> None:
         for number in numbers:
             if not isinstance(number, (int, float)) or isinstance(number, bool) or not math.isfinite(number):
                 raise ConfigError(f"the weight {number!r} is not a finite number", where=where)
+
+
+def plain(weight: Weight) -> Any:
+    """As JSON can carry it."""
+    if not isinstance(weight, Mapping):
+        return weight
+    return {at: [*value] if isinstance(value, Sequence) else value for at, value in weight.items()}
 
 
 def along(values: Sequence[float], depth: float) -> float:

@@ -25,6 +25,7 @@ from .discovery import (
     GROUP,
     KINDS,
     METHOD,
+    ROUTER,
     RULE,
     SITE_KIND,
     Found,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
     from .format import Format
     from .protocol import Method
+    from .routing import Router
     from .rule import Rule
     from .site import Site
 
@@ -142,6 +144,15 @@ class Registry:
     def rules(self) -> dict[str, type[Rule]]:
         """All merge rules, sorted by name. Broken plugins are left out; a clash raises."""
         return self._all(RULE)
+
+    def router(self, name: str) -> type[Router]:
+        """The router `name`. Only the plugin `router.NAME` is imported, if it gives the router."""
+        found: type[Router] = self._get(ROUTER, name)
+        return found
+
+    def routers(self) -> dict[str, type[Router]]:
+        """All routers, sorted by name. Broken plugins are left out; a clash raises."""
+        return self._all(ROUTER)
 
     def commands(self) -> dict[str, Callable[[], click.Command]]:
         """A loader for each command that an entry point `command.NAME` announces, sorted by NAME.

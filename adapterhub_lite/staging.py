@@ -185,30 +185,35 @@ def _lasting_folder(out: Path, made: list[Path], keep: Callable[[Path], bool], r
     """The folder that a dead run left for `out`, emptied unless to `resume`; locked during the block."""
     temp = unfinished(out)
     for _ in range(_ATTEMPTS):
+        ours = False
         try:
             temp.mkdir()
+            ours = True
         except FileExistsError:
             if temp.is_symlink() or not temp.is_dir():
                 raise FileError("is in the way, and no folder of ours", where=temp, fix="remove it") from None
         except FileNotFoundError:  # a failed run removed the parents that it had made
             _make_parents(out.parent, made)
             continue
-        with _locked(temp) as held:
-            if held is False:
-                if temp.is_dir():
-                    raise FileError("another run is writing it", where=out, fix="wait for that one, or stop it")
-                continue  # that one has just ended
-            if not resume:
-                for path in list(temp.iterdir()):
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            try:
+        try:
+            with _locked(temp) as held:
+                if held is False:
+                    if temp.is_dir():
+                        raise FileError("another run is writing it", where=out, fix="wait for that one, or stop it")
+                    continue  # that one has just ended
+                ours = True
+                if not resume:
+                    for path in list(temp.iterdir()):
+                        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
                 yield temp
-            except BaseException:
-                if not keep(temp):
-                    _discard(temp)
-                raise
-            _discard(temp)
-            return
+        except BaseException:
+            if ours and not keep(temp):
+                _discard(temp)
+            raise
+        with contextlib.suppress(OSError), _locked(temp) as held:
+            if held is not False:  # the folder that was replaced, not one that the next run has just made
+                _discard(temp)
+        return
     raise FileError("no temporary folder could be made beside it", where=out, fix="choose another folder")
 
 

@@ -28,7 +28,7 @@ import pytest
 from clean_venv import LEFTOVERS, clean_venv, shell
 from peers import LLAMA, write_adapter
 
-from adapterhub_lite import Method, Params, Part, Place, Rule, Site, delta, hookspecs
+from adapterhub_lite import Method, Params, Part, Place, Router, Rule, Site, delta, hookspecs
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/*/*.md")])
@@ -228,7 +228,7 @@ def documented() -> str:
     return " ".join((ROOT / "docs/protocol.md").read_text(encoding="utf-8").split())
 
 
-CLASSES = [Method, Params, Site, delta.LowRank, delta.Sparse, delta.Dense, delta.Outline, Rule, Part, Place]
+CLASSES = [Method, Params, Site, delta.LowRank, delta.Sparse, delta.Dense, delta.Outline, Rule, Part, Place, Router]
 HOOKS = [f for f in vars(hookspecs).values() if inspect.isfunction(f) and f.__module__ == hookspecs.__name__]
 
 

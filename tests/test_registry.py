@@ -165,6 +165,8 @@ def test_a_method_of_another_name_than_its_plugin_is_found_by_importing_the_rest
         (lambda found: found.format("f"), {"format_f"}),
         (lambda found: found.rule("r"), {"rule_r"}),
         (Registry.rules, {"any", "rule_r"}),
+        (lambda found: found.router("q"), {"router_q"}),
+        (Registry.routers, {"any", "router_q"}),
         (lambda found: found.commands()["c"](), {"command_c"}),
     ],
 )
@@ -177,6 +179,7 @@ def test_a_prefix_keeps_a_plugin_from_being_imported_for_anything_else(
         "site.s": gives_sites("s"),
         "command.c": gives_commands("c"),
         "rule.r": gives_rules("r"),
+        "router.q": gives_rules("q").replace("rules", "routers"),
     }
     site.install("all", {n: site.module(n.replace(".", "_"), source) for n, source in modules.items()})
     ask(Registry())
@@ -401,7 +404,7 @@ def test_a_prefix_without_its_hook_is_an_error(site: SitePackages) -> None:
     found = Registry()
     assert (found.formats(), found.site_kinds(), found.methods(), found.commands()) == ({}, {}, {}, {})
     errors = [p.error.removeprefix("it has no function decorated with @hookimpl and named ") for p in found.plugins()]
-    assert errors == ["formats", "methods or formats or site_kinds or rules", "site_kinds"]
+    assert errors == ["formats", "methods or formats or site_kinds or rules or routers", "site_kinds"]
 
 
 @pytest.mark.parametrize(
@@ -749,7 +752,7 @@ def test_two_commands_of_one_name_do_not_take_the_list_down(site: SitePackages) 
 
 def test_every_hook_is_specified_with_a_docstring_that_says_when() -> None:
     specs = {n: f for n, f in vars(hookspecs).items() if getattr(f, "adapterhub_lite_spec", None) is not None}
-    assert list(specs) == ["methods", "formats", "site_kinds", "rules", "commands"]
+    assert list(specs) == ["methods", "formats", "site_kinds", "rules", "routers", "commands"]
     for spec in specs.values():
         assert "\n    Called when " in (spec.__doc__ or "") or "\nCalled when " in (spec.__doc__ or "")
         assert "return" in spec.__annotations__

@@ -110,8 +110,8 @@ def run(args: Sequence[str] | None = None) -> int:
     except click.ClickException as e:
         e.show()
         return e.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("adapter: interrupted", err=True)
+    except (click.Abort, KeyboardInterrupt) as e:
+        click.echo(f"adapter: interrupted; {e}" if str(e) else "adapter: interrupted", err=True)
         return INTERRUPTED
     except AdapterError as e:
         return _failed(str(e))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..folding import Folded, Plan
     from ..folding.manifest import Retained
+    from ..per_site import Weight
 
 LOST = 0.1  # of the change's length along itself: said aloud above
 WORST = 10  # modules shown unless --verbose
@@ -28,15 +28,19 @@ OPTIONS = (
     click.option(
         "--into", metavar="BASE", type=click.Path(path_type=Path), help="Fold into this model: OUT is a model."
     ),
-    click.option("--at", metavar="GLOB=W...", multiple=True, help="With --into: other weights for some modules."),
-    click.option("--stochastic", metavar="SEED", type=int, help="With --into: round at random, right on average."),
+    click.option(
+        "--rounding",
+        type=click.Choice(["nearest", "stochastic"]),
+        help="With --into: to the nearest number, or at random and right on average. Default nearest.",
+    ),
+    click.option("--rounding-seed", type=int, metavar="N", help="Of --rounding stochastic. Default 0."),
     click.option("--link", is_flag=True, help="With --into: link files that do not change."),
     click.option("--resume", is_flag=True, help="With --into: go on with what an interrupted run left."),
     click.option("--executor", metavar="URL", help="With --into: fold on a cluster, dask://HOST:PORT."),
 )
 
 
-NAMES = ("into", "at", "stochastic", "link", "resume", "executor")
+NAMES = ("into", "rounding", "rounding_seed", "link", "resume", "executor")
 
 
 def into_options(command: Any) -> Any:
@@ -53,28 +57,10 @@ def taken(given: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_alone(given: Mapping[str, Any]) -> None:
     """Options of `--into` without it are wrong usage."""
-    named = [f"--{name}" for name in NAMES[1:] if given[name] not in (None, False, ())]
+    unset = [name for name in NAMES[1:] if given[name] is None or given[name] is False]
+    named = [f"--{name.replace('_', '-')}" for name in NAMES[1:] if name not in unset]  # a seed may be 0
     if named:
         raise click.UsageError(f"{named[0]} is for --into BASE")
-
-
-def parse_at(words: Sequence[str], count: int) -> dict[str, list[float]]:
-    """`*.mlp.*=0.5,0.5` for each glob.
-
-    >>> parse_at(["*.mlp.*=0.5,1"], 2)
-    {'*.mlp.*': [0.5, 1.0]}
-    """
-    found = {}
-    for word in words:
-        glob, is_, numbers = word.rpartition("=")
-        try:
-            weights = [float(number) for number in re.split(r"[,\s]+", numbers.strip(", "))]
-        except ValueError:
-            weights = []
-        if not is_ or len(weights) != count:
-            raise click.UsageError(f"--at {word!r}: write GLOB=W,W with a weight for each of the {count} adapters")
-        found[glob] = weights
-    return found
 
 
 def merge_into(
@@ -83,6 +69,7 @@ def merge_into(
     weights: Sequence[float],
     given: Mapping[str, Any],
     *,
+    own: Sequence[Weight] | None,
     out: Path | None,
     keep: str | None,
     any_base: bool,
@@ -94,12 +81,12 @@ def merge_into(
 ) -> None:
     """Do it, or say what would be done."""
     base: Path = given["into"]
-    at = parse_at(given["at"], len(adapter.terms))
     if dry_run:
         from ..base_model import BaseModel
         from ..folding import planned
+        from ..hub import snapshot
 
-        plan = planned(BaseModel.open(base), adapter, at=at, any_base=any_base, keep=keep)
+        plan = planned(BaseModel.open(snapshot(base)), adapter, weights=own, any_base=any_base, keep=keep)
         if as_json:
             print_json({"dry_run": True, "base": str(base), "adapters": _terms(refs, weights), **_facts(plan)})
         elif not quiet:
@@ -115,8 +102,9 @@ def merge_into(
             base,
             adapter,
             out,
-            at=at,
-            stochastic=given["stochastic"],
+            weights=own,
+            rounding=given["rounding"] or "nearest",
+            seed=given["rounding_seed"] or 0,
             link=given["link"],
             resume=given["resume"],
             force=force,
@@ -133,10 +121,10 @@ def merge_into(
         if result.left:
             click.echo(f"left behind (the old weights in other formats, or pickles): {_some(result.left)}")
     kept = result.retained.projection
-    if kept is not None and kept < 1 - LOST and given["stochastic"] is None:
+    if kept is not None and kept < 1 - LOST and given["rounding"] != "stochastic":
         click.echo(
-            f"warning: rounding loses {1 - kept:.0%} of the change; --stochastic SEED keeps it on average, a base in "
-            "float32 all of it",
+            f"warning: rounding loses {1 - kept:.0%} of the change; --rounding stochastic keeps it on average, "
+            "a base in float32 all of it",
             err=True,
         )
 

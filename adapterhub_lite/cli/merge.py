@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +20,7 @@ from .rule_options import WithRule, rule_of
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
+    from ..per_site import Weight
     from ..plan import Plan
     from ..rule import Rule
     from ..save import RelativeError
@@ -90,6 +91,9 @@ def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -
     help="One number each: 0.7 0.3 or 0.7,0.3. Default 1/N, or what the rule wants.",
 )
 @click.option(
+    "--at", metavar="GLOB=W...", multiple=True, help="Other weights at the modules that GLOB names: first counts."
+)
+@click.option(
     "-o", "--out", metavar="OUT", required=False, type=click.Path(path_type=Path), help="The folder to write."
 )
 @click.option("--rule", metavar="NAME", help="How to merge, with options of its own: `adapter rules` lists them.")
@@ -117,6 +121,7 @@ def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -
 def merge(
     refs: tuple[str, ...],
     weights: list[float] | None,
+    at: tuple[str, ...],
     out: Path | None,
     rule: str | None,
     rank: int | None,
@@ -163,18 +168,23 @@ def merge(
     if keep is not None and keep not in (*refs, "none"):
         raise click.UsageError(f"--keep {keep!r} is none of the adapters; {nearest(keep, refs)}")
     loaded = [load(ref) for ref in refs]
-    merged = _whole(loaded, weights, chosen).cut(rank=rank, max_error=max_error, budget=budget, dtype=dtype)
+    own = by_module(at, weights)
+    folds = into["into"] is not None and chosen is None and rank is max_error is budget is None  # by each one's merge
+    merged = _whole(loaded, weights if folds else own, chosen).cut(
+        rank=rank, max_error=max_error, budget=budget, dtype=dtype
+    )
     if into["into"] is not None:
         if dtype is not None:
             raise click.UsageError("--dtype is for adapters: a model's weights keep theirs")
         if report is not None:
             raise click.UsageError("--report is about merged adapters; with --into, say -v to see every module")
-        if spoken:
-            click.echo(said, err=True)
         merge_into(
-            merged, refs, weights, into, out=out, keep=keep, any_base=any_base, dry_run=dry_run, force=force,
+            merged, refs, weights, into, own=own if folds else None, out=out,
+            keep=keep, any_base=any_base, dry_run=dry_run, force=force,
             as_json=as_json, verbose=verbose, quiet=quiet,
         )  # fmt: skip
+        if spoken:
+            click.echo(said, err=True)
         return
     refuse_alone(into)
     if report is not None:
@@ -241,12 +251,35 @@ def _usage(make: Callable[[], T]) -> T:
         raise click.UsageError(str(e)) from None
 
 
-def _whole(adapters: Sequence[Adapter], weights: Sequence[float], rule: Rule | None) -> Adapter:
+def _whole(adapters: Sequence[Adapter], weights: Sequence[Weight], rule: Rule | None) -> Adapter:
     """What is to be written, but for truncation."""
-    if rule is not None:
+    numbers = [weight for weight in weights if not isinstance(weight, Mapping)]
+    if rule is not None or len(numbers) < len(weights):
         return _usage(lambda: adapter.merge(adapters, rule, weights=weights))
-    terms = [w * one for w, one in zip(weights, adapters, strict=True)]
+    terms = [w * one for w, one in zip(numbers, adapters, strict=True)]
     return sum(terms[1:], terms[0])
+
+
+def by_module(words: Sequence[str], weights: Sequence[float]) -> list[Weight]:
+    """The weights with those that `--at` gives for some modules.
+
+    >>> by_module(["*.mlp.*=0.5,1"], [0.7, 0.3])
+    [{'*.mlp.*': 0.5, '*': 0.7}, {'*.mlp.*': 1.0, '*': 0.3}]
+    """
+    tables: list[dict[str, float]] = [{} for _ in weights]
+    for word in words:
+        glob, is_, numbers = word.rpartition("=")
+        try:
+            own = [float(number) for number in re.split(r"[,\s]+", numbers.strip(", "))]
+        except ValueError:
+            own = []
+        if not is_ or not glob or len(own) != len(weights):
+            raise click.UsageError(f"--at {word!r}: write GLOB=W,W with {len(weights)} weights, one an adapter")
+        for patterns, number in zip(tables, own, strict=True):
+            patterns.setdefault(glob, number)
+    for patterns, weight in zip(tables, weights, strict=True):
+        patterns.setdefault("*", weight)
+    return list(tables) if words else list(weights)
 
 
 def _report(

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..errors import printable
-from .output import print_json, transfer
+from .output import print_json, size, transfer
 
 
 class WithAdapters(click.Command):
@@ -66,7 +66,10 @@ def verify(
     if as_json:
         print_json({"out": str(out), **found.plain()})
     elif not quiet:
-        lines = [f"{printable(str(out))}: {found.kind}, {found.tensors} tensors in {found.files} files"]
+        said = f"{found.files} files, {found.tensors} tensors, {size(found.nbytes)}"
+        lines = [
+            f"{printable(str(out))} is {'what was written' if found.kind == 'model' else 'a whole adapter'}: {said}"
+        ]
         lines += [f"checked: {line}" for line in found.checked]
         lines += [f"not checked: {printable(line)}" for line in found.unchecked]
         click.echo("\n".join(lines))

@@ -10,18 +10,21 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ..base_model import BaseModel
 from ..checkpoint import sha256
-from ..errors import FileError
-from ..staging import staged
+from ..errors import AdapterError, ConfigError, FileError, nearest, os_error
+from ..hub import snapshot
+from ..staging import staged, unfinished
 from . import manifest
 from .copying import copied, linked
+from .journal import NAME as JOURNAL
 from .journal import Journal, begun
 from .manifest import Folded as Folded
 from .planning import Plan as Plan
@@ -30,10 +33,16 @@ from .shards import Done, Job, Shard, fold_shard, lay_out
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
+    from ..per_site import Weight
 
 MOST_THREADS = 8  # each has some 30 MB in work
+WRITING = 10.0  # seconds that a failed run waits for workers that cannot be called back
+LONGEST = 400  # characters of an error that is not ours
+RESUME = "pass --resume (resume=True) to go on with what is done"
 
 Progress = Callable[[int, int], None]
+Rounded = Literal["nearest", "stochastic"]
+Finish = Callable[[Shard, Done], None]
 
 
 def fold(
@@ -41,8 +50,9 @@ def fold(
     adapter: Adapter,
     out: str | os.PathLike[str],
     *,
-    at: Mapping[str, Sequence[float]] | None = None,
-    stochastic: int | None = None,
+    weights: Sequence[Weight] | None = None,
+    rounding: Rounded = "nearest",
+    seed: int = 0,
     link: bool = False,
     resume: bool = False,
     force: bool = False,
@@ -51,33 +61,39 @@ def fold(
     executor: Executor | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Folded:
-    """Write the model in the folder `base`, with `adapter` folded into its weights, to the folder `out`.
+    """Write the model `base`, with `adapter` folded into its weights, to the folder `out`.
+
+    `base`: a folder, or `owner/name[@revision]` on the Hub.
 
     Every touched number is that of W + Σ wᵢ (Wᵢ − W), computed in float64 and rounded once to the base's dtype: to the
-    nearest, or with a seed for `stochastic` to one of its neighbours at random, so that small changes survive on
-    average.
+    nearest, or with `rounding="stochastic"` to one of its neighbours at random, by the `seed`, so that small changes
+    survive on average.
 
-    `at`: weights of the terms, in their order, at the modules that a glob names, instead of the sum's own; where two
-    globs name one module, the later holds. `link`: files without a touched tensor are linked, not copied. `resume`: go
-    on with what an interrupted run of the same work left. `force`: replace an `out` that an earlier call wrote.
-    `any_base`: do not compare the sketches of the base. `keep`: as for `Adapter.save`. `executor`: where the shards are
-    folded, a task each; by default threads of this process. `progress(done, total)` is told bytes.
+    `weights`: of the terms of a sum, in their order, in place of its own; as for `merge`, one may be a mapping from
+    patterns of site names to numbers, or to several along the layers. `link`: files without a touched tensor are
+    linked, not copied. `resume`: go on with what an interrupted run of the same work left. `force`: replace an `out`
+    that an earlier call wrote. `any_base`: do not compare the sketches of the base. `keep`: as for `Adapter.save`.
+    `executor`: where the shards are folded, a task each; by default threads of this process. `progress(done, total)`
+    is told bytes.
 
     Raises `NotMergeable` where no result would be right, `UnknownName` for a site that the base does not have,
     `FileError` for files that are broken or of another base, and `OutputExists`.
     """
-    model, out = BaseModel.open(base), Path(out)
+    if rounding not in get_args(Rounded):
+        raise ConfigError(f"rounding {rounding!r} is not known", fix=nearest(str(rounding), get_args(Rounded)))
+    model, out = BaseModel.open(snapshot(base)), Path(out)
     _refuse_same(out, model.folder)
-    with staged(out, force=force, replaceable=_ours, keep=begun, resume=resume) as folder:
-        plan = planned(model, adapter, at=at, any_base=any_base, keep=keep)
-        journal = Journal(folder, plan.work(stochastic))
+    with _resumable(out, resume), staged(out, force=force, replaceable=_ours, keep=begun, resume=resume) as folder:
+        plan = planned(model, adapter, weights=weights, any_base=any_base, keep=keep)
+        drawn = seed if rounding == "stochastic" else None
+        journal = Journal(folder, {**plan.work(drawn), "link": link})
         _clear(folder, journal)
         _check_space(folder, plan, journal, link)
         journal.begin()
-        run = _Run(plan, folder, journal, link=link, seed=stochastic, any_base=any_base, progress=progress)
+        run = _Run(plan, folder, journal, link=link, seed=drawn, any_base=any_base, progress=progress)
         result = run.on(executor)
-        journal.remove()
         manifest.write(result, folder)
+        journal.remove()  # last: until then, what is done is kept if the disk is full
     return result
 
 
@@ -111,12 +127,15 @@ class _Run:
                 digests[shard.name], facts = earlier
                 kept |= facts
                 self.step(shard.checkpoint.path.stat().st_size)
-        for shard, done in self._in_process(todo) if executor is None else self._elsewhere(todo, executor):
+
+        def finish(shard: Shard, done: Done) -> None:
             self._part(shard).rename(self.folder / shard.name)
             own = {name: list(numbers) for name, numbers in done.kept.items()}
             self.journal.note(shard.name, done.sha256, own)
             digests[shard.name] = done.sha256
-            kept |= own
+            kept.update(own)
+
+        self._in_process(todo, finish) if executor is None else self._elsewhere(todo, finish, executor)
         return self.plan.result(digests, kept, self.seed)
 
     def step(self, nbytes: int) -> None:
@@ -126,12 +145,12 @@ class _Run:
             self.done += nbytes
             self.progress(min(self.done, self.total), self.total)
 
-    def _in_process(self, todo: Sequence[Shard]) -> Iterator[tuple[Shard, Done]]:
+    def _in_process(self, todo: Sequence[Shard], finish: Finish) -> None:
         """On threads, several shards at once."""
         ahead = ThreadPoolExecutor(2)
         pool: ThreadPoolExecutor | None = None
         threads = 1
-        wait = False  # an interrupt may leave this thread with a lock that another needs: nobody waits for it then
+        quiet = False  # an interrupt may leave this thread with a lock that another needs: nobody waits for it then
         try:
             laid = [ahead.submit(self._lay_out, shard) for shard in todo]  # by the system, while torch is imported
             import torch
@@ -146,29 +165,32 @@ class _Run:
                 ready.result()
                 running[pool.submit(fold_shard, make(shard, local=True))] = shard
             for future in as_completed(running):
-                yield running[future], future.result()
-            wait = True
+                finish(running[future], future.result())
+            quiet = True
         except Exception:
-            wait = True
+            quiet = True
             raise
         finally:
             self.stop.set()
             for each in (ahead, pool):
                 if each is not None:
-                    each.shutdown(wait=wait, cancel_futures=True)
+                    each.shutdown(wait=quiet, cancel_futures=True)
             if pool is not None:
                 torch.set_num_threads(threads)  # what the workers set is the process's default for new threads
 
-    def _elsewhere(self, todo: Sequence[Shard], executor: Executor) -> Iterator[tuple[Shard, Done]]:
+    def _elsewhere(self, todo: Sequence[Shard], finish: Finish, executor: Executor) -> None:
         """On somebody's executor, a task a shard."""
         make = self._jobs(threads=1)
         running = {executor.submit(fold_shard, make(shard, local=False)): shard for shard in todo}
         try:
             for future in as_completed(running):
                 shard = running[future]
-                done = future.result()
+                done = _outcome(future, shard)
                 self.step(shard.checkpoint.path.stat().st_size)
-                yield shard, done
+                finish(shard, done)
+        except Exception:
+            wait([future for future in running if not future.cancel()], WRITING)  # or they would write into no folder
+            raise
         finally:
             for future in running:
                 future.cancel()
@@ -213,6 +235,53 @@ class _Run:
         return digests
 
 
+def _outcome(future: Future[Done], shard: Shard) -> Done:
+    try:
+        return future.result()
+    except (AdapterError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
+            raise os_error(error, shard.checkpoint.path) from error
+        # A fault of ours, or whatever an executor makes of a worker that died.
+        raise AdapterError(
+            f"a worker failed: {type(error).__name__}: {error}"[:LONGEST],
+            where=shard.checkpoint.path,
+            fix="look at the workers' logs; each must see the same files, and have this version installed",
+        ) from error
+
+
+@contextmanager
+def _resumable(out: Path, resume: bool) -> Iterator[None]:
+    """A failure that leaves something worth going on with says so."""
+    before = _noted(out)
+
+    def worth() -> bool:
+        found = _noted(out)
+        return found is not None and (resume or found != before)
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if worth():
+            raise KeyboardInterrupt(RESUME) from None
+        raise
+    except AdapterError as error:
+        if not worth():
+            raise
+        fix = f"{error.fix}; then {RESUME}" if error.fix else RESUME
+        raise type(error)(error.what, where=error.where, fix=fix) from error
+
+
+def _noted(out: Path) -> int | None:
+    """When something that can be gone on with was last noted; None if there is nothing."""
+    folder = unfinished(out)
+    try:
+        return (folder / JOURNAL).stat().st_mtime_ns if begun(folder) else None
+    except OSError:
+        return None
+
+
 class _Stopped(Exception):
     """The run has failed or was interrupted: a thread of it ends."""
 
@@ -232,7 +301,7 @@ def _refuse_same(out: Path, base: Path) -> None:
 def _clear(folder: Path, journal: Journal) -> None:
     """Leave in the folder what the journal says is done, and nothing else."""
     for path in list(folder.iterdir()):
-        if path.name not in journal.names:
+        if path.name not in journal.names or path.is_symlink() or not path.is_file():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

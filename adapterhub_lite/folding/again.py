@@ -55,12 +55,14 @@ class Sample:
 class Compared:
     """A plan, and the folder that it is said to have become. `FileError` for the first tensor that differs.
 
-    `numbers`: of touched tensors that were compared; `copied`: tensors that no adapter changes.
+    `numbers`: of touched tensors that were compared; `copied`: tensors that no adapter changes, of which `whole` says
+    whether all bytes were compared.
     """
 
     def __init__(self, plan: Plan, out: Path, rounding: Rounding, sample: Sample) -> None:
         self.plan, self.out, self.rounding, self.sample = plan, out, rounding, sample
         self.numbers = self.copied = 0
+        self.whole = True
 
     def layers(self, step: Callable[[], None]) -> None:
         """Blocks of every layer that adapters change, and its bias."""
@@ -115,6 +117,7 @@ class Compared:
         size = old.nbytes // old.shape[0]
         for i in self.sample.of([i for i in range(old.shape[0]) if i not in rows], old.name):
             self._copied(old, old.start + i * size, old.start + (i + 1) * size)
+            self.numbers += old.numel // old.shape[0]
 
     def untouched(self) -> None:
         """Bytes of every tensor that no adapter changes."""
@@ -125,9 +128,11 @@ class Compared:
         touched = {info.name for info in shard.touched}
         for info in shard.checkpoint.tensors.values():
             if info.name not in touched:
-                for start, stop in self.sample.windows(info):
+                windows = list(self.sample.windows(info))
+                for start, stop in windows:
                     self._copied(info, start, stop)
                 self.copied += 1
+                self.whole &= sum(stop - start for start, stop in windows) == info.nbytes
 
     def _copied(self, info: TensorInfo, start: int, stop: int) -> None:
         if _bytes(info.path, start, stop) != _bytes(self._ours(info).path, start, stop):

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .. import rounding
 from ..checkpoint import check_finite, is_finite
-from ..delta import Delta, LowRank
+from ..delta import LowRank
 from ..errors import NotMergeable
 from ..protocol import Method, Params
 from ..seed import generator
 from ..site import Site
 from ..source import Single, Source
-from .places import Layer, gives_delta
+from .places import Layer, gives_delta, no_bias
 
 BLOCK = 1 << 17  # numbers of a weight in work at once: the random numbers of stochastic rounding depend on it too
 EVERY = 16  # blocks, of which one is measured
@@ -63,7 +63,7 @@ class Change:
     def __init__(self, layer: Layer, site: Site, terms: Sequence[Source]) -> None:
         self.layer, self.site = layer, site
         self.merges: list[tuple[float, Method, Params]] = []
-        self.others: list[Delta] = []
+        self.others: list[Tensor] = []  # (out, in) each
         low: list[LowRank] = []
         biases = []
         for part in layer.parts:
@@ -74,7 +74,7 @@ class Change:
                 continue
             piece = source.piece(part.site)
             delta = piece.delta.scaled(part.weight)
-            low.append(delta) if isinstance(delta, LowRank) else self.others.append(delta)
+            low.append(delta) if isinstance(delta, LowRank) else self.others.append(delta.dense())
             if piece.bias is not None:
                 biases.append(part.weight * piece.bias.double())
         self.b = layer.bias.read().double() if self.merges and layer.bias is not None else None  # (out,)
@@ -100,8 +100,8 @@ class Change:
         here = slice(span.start, span.stop)
         rows, columns = (here, slice(None)) if span.outputs else (slice(None), here)
         new = W if self.B is None or self.A is None else torch.addmm(W, self.B[rows], self.A[:, columns])
-        for delta in self.others:
-            new = new + delta.dense()[rows, columns]
+        for dense in self.others:
+            new = new + dense[rows, columns]
         db = None if self.db is None or not span.outputs else self.db[here]
         for weight, method, p in self.merges:
             site, own = self.site, p
@@ -129,7 +129,8 @@ class Change:
         new, db = self.merged(W, b, span)
         merged = rounded(new, stored.dtype, self.layer.weight.name, span)
         if not is_finite(merged):
-            check_finite(stored, self.layer.weight, fix="download the model again")
+            if not is_finite(stored):
+                check_finite(self.layer.weight.read(), self.layer.weight, fix="download the model again")
             raise NotMergeable(
                 f"the merged weight of {self.layer.name!r} does not fit {self.layer.weight.dtype}",
                 fix="look for a weight or an alpha that is too large",
@@ -144,7 +145,10 @@ class Change:
         merged = rounded(b.double() + db, b.dtype, self.layer.bias.name, Span(0, len(b), True))
         if not is_finite(merged):
             check_finite(b, self.layer.bias, fix="download the model again")
-            raise NotMergeable(f"the merged bias of {self.layer.name!r} does not fit {self.layer.bias.dtype}")
+            raise NotMergeable(
+                f"the merged bias of {self.layer.name!r} does not fit {self.layer.bias.dtype}",
+                fix="look for a weight that is too large",
+            )
         return merged
 
 
@@ -155,11 +159,4 @@ def _kept(W: Tensor, new: Tensor, merged: Tensor) -> Kept:
         len(intended) - int(torch.count_nonzero(applied)),
         float(torch.dot(applied, intended)),
         float(torch.dot(intended, intended)),
-    )
-
-
-def no_bias(layer: Layer) -> NotMergeable:
-    return NotMergeable(
-        f"an adapter changes the bias of {layer.name!r}, which has none in the base",
-        fix="leave the adapter unmerged",
     )

@@ -23,14 +23,18 @@ class Journal:
         """`work`: what is folded into what, and how; entries of other work count for nothing."""
         self.folder, self.path = folder, folder / NAME
         self.key = hashlib.sha256(json.dumps(work).encode()).hexdigest()  # of patterns the order decides
+        self._whole = 0  # bytes of whole lines
         self._done = self._read()
 
     def begin(self) -> None:
         """Start an empty one, unless there is one of the same work."""
-        if not self._done:
-            with writing(self.path):
-                pass
-            self._append({"work": self.key})
+        if self._done:
+            with writing(self.path, new=False) as handle:
+                os.ftruncate(handle, self._whole)  # or what is noted next would be glued to a torn line
+            return
+        with writing(self.path):
+            pass
+        self._append({"work": self.key})
 
     def note(self, file: str, digest: str, facts: Any) -> None:
         """A file is whole, and on the disk."""
@@ -65,10 +69,11 @@ class Journal:
 
     def _read(self) -> dict[str, tuple[str, Any]]:
         try:
-            lines = self.path.read_bytes().split(b"\n")
-            first, *entries = [json.loads(line) for line in lines[:-1]]  # behind the last newline: torn, or nothing
+            lines = self.path.read_bytes().split(b"\n")[:-1]  # behind the last newline: torn, or nothing
+            first, *entries = [json.loads(line) for line in lines]
             if first != {"work": self.key}:
                 return {}
+            self._whole = sum(len(line) + 1 for line in lines)
             return {entry["file"]: (entry["sha256"], entry["facts"]) for entry in entries}
         except (OSError, ValueError, KeyError, TypeError):
             return {}

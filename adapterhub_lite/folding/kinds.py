@@ -13,7 +13,7 @@ from ..registry import registry
 from ..site import Site
 from ..site.linear import LinearSite
 from ..source import Single, Source
-from .places import Layer, gives_delta
+from .places import Layer, gives_delta, other_shape
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -61,14 +61,8 @@ def _kind(layer: Layer, source: Source, name: str) -> type[Site]:
     told = registry().site_kind(part.kind)
     fitting = [kind for kind in _alike(told) if _fits(part, kind(layer.name, layer.weight.shape))]
     if not fitting:
-        raise NotMergeable(
-            f"{label} adapts {name!r} as {part.kind} of shape {list(part.weight_shape)}, and the base has "
-            f"{list(layer.weight.shape)} there",
-            fix="give the base that it was trained on; a resized vocabulary is not merged",
-        )
-    if (
-        len(fitting) > 1
-    ):  # as many inputs as outputs: the base's other layers tell which way it lies, or the file's flag
+        raise other_shape(layer, part, name, label)
+    if len(fitting) > 1:  # as many inputs as outputs: the base's other layers tell which way it lies, or else the flag
         transposed = layer.by_inputs
         if transposed is None:  # PEFT's flag is that of the last layer that it adapted
             transposed = any(own.transposed for own in source.contents.values())

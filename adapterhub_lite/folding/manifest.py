@@ -79,13 +79,16 @@ def read(folder: Path) -> dict[str, Any]:
             raise ValueError
         found = parse(path.read_text(encoding="utf-8"))
         files, recipe, replaced = found["files"], found["recipe"], found["replaced"]
-        told = all(_inside(name) and DIGEST.fullmatch(digest) for name, digest in files.items())
+        outside = [name for name in files if not _inside(name)]
+        told = all(DIGEST.fullmatch(digest) for digest in files.values())
         if not told or not isinstance(recipe, dict) or not all(isinstance(name, str) for name in replaced):
             raise ValueError
     except OSError as error:
         raise os_error(error, path) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise FileError("is not a manifest of ours", where=path, fix="fold again") from None
+    if outside:
+        raise FileError(f"names {outside[0][:100]!r}, which is no file in the folder", where=path, fix="fold again")
     assert isinstance(found, dict)
     return found
 

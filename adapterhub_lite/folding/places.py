@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..agreement import equal
 from ..base_model import BaseModel
 from ..checkpoint import TensorInfo
 from ..errors import NotMergeable, UnknownName, nearest
@@ -50,6 +52,8 @@ def layers(base: BaseModel, terms: Iterable[tuple[Mapping[str, float], Source]])
     by_inputs = _by_inputs(known.values())
     found: dict[str, Layer] = {}
     for i, (weights, source) in enumerate(terms):
+        if not any(weights.values()):
+            continue
         label = next(iter(source.contents))
         gives_delta(source)
         rename = renaming(source, base)
@@ -63,6 +67,7 @@ def layers(base: BaseModel, terms: Iterable[tuple[Mapping[str, float], Source]])
             biased = _changes_bias(source, site) or (former is not None and former.biased)
             layer = Layer(name, tensors["weight"], tensors.get("bias"), parts, biased, by_inputs)
             _refuse_stored(layer, base, label)
+            _refuse_other(layer, source, site, label)
             found[name] = layer
     _refuse_tied(base, found)
     return dict(sorted(found.items()))
@@ -172,16 +177,42 @@ def _refuse_stored(layer: Layer, base: BaseModel, label: str) -> None:
             )
 
 
+def _refuse_other(layer: Layer, source: Source, site: str, label: str) -> None:
+    """What headers tell of a layer that is not the adapter's; which kind it is, is looked at later."""
+    part = source.sites[site]
+    if -1 not in part.weight_shape and math.prod(part.weight_shape) != layer.weight.numel:
+        raise other_shape(layer, part, site, label)
+    if layer.biased and layer.bias is None and gives_delta(source):
+        raise no_bias(layer)
+
+
+def other_shape(layer: Layer, part: SiteContents, site: str, label: str) -> NotMergeable:
+    return NotMergeable(
+        f"{label} adapts {site!r} as {part.kind} of shape {list(part.weight_shape)}, and the base has "
+        f"{list(layer.weight.shape)} there",
+        fix="give the base that it was trained on; a resized vocabulary is not merged",
+    )
+
+
+def no_bias(layer: Layer) -> NotMergeable:
+    return NotMergeable(
+        f"an adapter changes the bias of {layer.name!r}, which has none in the base",
+        fix="leave the adapter unmerged",
+    )
+
+
 def tied(base: BaseModel) -> set[str]:
     """The tensors that are the embedding and the output head at once."""
+    heads = [name for name in base.config.get("architectures") or () if isinstance(name, str)]
+    if not any(mark in name for name in heads for mark in ("LM", "ConditionalGeneration", "PreTraining")):
+        return set()
     told = [base.config, *(part for part in base.config.values() if isinstance(part, dict))]  # text_config and the like
     vocabularies = {part["vocab_size"] for part in told if isinstance(part.get("vocab_size"), int)}
-    like = [t.name for t in base.tensors.values() if len(t.shape) == 2 and t.shape[0] in vocabularies]
-    tie = next((part["tie_word_embeddings"] for part in told if "tie_word_embeddings" in part), len(like) == 1)
-    heads = [name for name in base.config.get("architectures") or () if isinstance(name, str)]
-    if not tie or not any(mark in name for name in heads for mark in ("LM", "ConditionalGeneration", "PreTraining")):
-        return set()
-    return set(like)
+    like = [t for t in base.tensors.values() if len(t.shape) == 2 and t.shape[0] in vocabularies]
+    tie = next((part["tie_word_embeddings"] for part in told if "tie_word_embeddings" in part), None)
+    if tie is None:  # old configs leave out what was the default
+        tie = all(equal(like[0], other) for other in like[1:])
+    return {t.name for t in like} if tie else set()
 
 
 def tied_error(name: str, done: str) -> NotMergeable:

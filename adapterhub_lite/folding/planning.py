@@ -7,18 +7,19 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .. import per_site
 from .._version import __version__
 from ..adapter import Adapter
 from ..agreement import common, equal
 from ..base_model import BaseModel
 from ..checkpoint import TensorInfo
-from ..combine import WeightedSum
+from ..combine import labelled
 from ..errors import ConfigError, NotMergeable, nearest
+from ..per_site import Weight
 from ..registry import registry
 from ..source import DEFAULT, Source
 from .copying import reading
@@ -26,16 +27,13 @@ from .manifest import Folded, Retained
 from .places import Layer, layers, renaming, tied, tied_error
 from .shards import Shard, Whole
 
-At = Mapping[str, Sequence[float]]
-
 
 @dataclass(frozen=True)
 class Plan:
     """The base's files, the terms of the sum, and what they change."""
 
     model: BaseModel
-    terms: tuple[tuple[float, Source], ...]
-    at: At
+    terms: tuple[tuple[Weight, Source], ...]
     layers: Mapping[str, Layer]
     wholes: tuple[Whole, ...]
 
@@ -62,9 +60,7 @@ class Plan:
         """How to make it again."""
         base = {name: header_digest(shard.path) for name, shard in self.model.shards.items()}
         how: dict[str, Any] = {"rounding": "nearest"} if seed is None else {"rounding": "stochastic", "seed": seed}
-        if self.at:
-            how["at"] = {glob: list(weights) for glob, weights in self.at.items()}
-        terms = [{"weight": w, **source.recipe()} for w, source in self.terms]
+        terms = [{"weight": per_site.plain(w), **source.recipe()} for w, source in self.terms]
         name = self.model.folder.resolve().name
         return {"rule": "fold", "base": name, "headers": base, **how, "of": {"rule": "sum", "terms": terms}}
 
@@ -84,21 +80,31 @@ class Plan:
         """What tells this fold from any other, for a journal: the recipe, and whether the base's files are the same."""
         stats = {name: shard.path.stat() for name, shard in self.model.shards.items()}
         files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-        return {"version": __version__, "recipe": self.recipe(seed), "files": files, "kept": len(self.wholes)}
+        kept = [[w.old.name, str(w.new.path.absolute()), w.new.start, w.rows] for w in self.wholes]
+        return {"version": __version__, "recipe": self.recipe(seed), "files": files, "kept": kept}
 
 
 def planned(
-    model: BaseModel, adapter: Adapter, *, at: At | None = None, any_base: bool = False, keep: str | None = None
+    model: BaseModel,
+    adapter: Adapter,
+    *,
+    weights: Sequence[Weight] | None = None,
+    any_base: bool = False,
+    keep: str | None = None,
 ) -> Plan:
     """What folding `adapter` into `model` will do. Raises as `fold` does, for all that headers tell."""
-    terms = adapter.terms
-    named = [(_weights(source, i, w, terms, at or {}), source) for i, (w, source) in enumerate(terms)]
+    terms = _weighed(adapter, weights)
+    named = [(_by_site(weight, source), source) for weight, source in terms]
     found = layers(model, named)
-    agreed = common(WeightedSum(terms).contents, any_base=any_base, keep=keep)
-    wholes = _apart(found, _wholes(model, agreed.kept, agreed.kept_options, terms))
+    weighed = zip(terms, named, strict=True)
+    active = [source for (w, source), (own, _) in weighed if any(own.values()) or (not own and w != 0)]
+    wholes: tuple[Whole, ...] = ()
+    if active:
+        agreed = common(labelled(active), any_base=any_base, keep=keep)
+        wholes = _apart(found, _wholes(model, agreed.kept, agreed.kept_options, active))
     if not found and not wholes:
         raise NotMergeable("nothing is left to fold: all weights are zero", fix="give a weight that is not zero")
-    return Plan(model, terms, at or {}, found, wholes)
+    return Plan(model, terms, found, wholes)
 
 
 def _retained(parts: Sequence[Sequence[float]]) -> Retained:
@@ -107,34 +113,34 @@ def _retained(parts: Sequence[Sequence[float]]) -> Retained:
     return Retained(float(f"{share:.6g}"), float(f"{along / intended:.6g}") if intended else None)
 
 
-def _weights(source: Source, i: int, weight: float, terms: Sequence[tuple[float, Source]], at: At) -> dict[str, float]:
-    """The weight of term `i` at each of its sites."""
-    for glob, weights in at.items():
-        if len(weights) != len(terms):
-            what = f"{len(weights)} weights at {glob!r} for {len(terms)} adapters"
-            raise ConfigError(what, fix="give one for each")
-        if not any(fnmatchcase(site, glob) for _, other in terms for site in other.sites):
-            raise ConfigError(f"no adapted module is called {glob!r}", fix=nearest(glob, _sites(terms)))
-    found = dict.fromkeys(source.sites, weight)
-    for glob, weights in at.items():
-        found.update({site: float(weights[i]) for site in source.sites if fnmatchcase(site, glob)})
-    for site, own in found.items():
-        if not math.isfinite(own):
-            raise ConfigError(f"the weight {own} at {site!r} is not a finite number")
-    return found
+def _weighed(adapter: Adapter, weights: Sequence[Weight] | None) -> tuple[tuple[Weight, Source], ...]:
+    """The terms, with other weights if they are given."""
+    if weights is None:
+        return adapter.terms
+    if len(weights) != len(adapter.terms):
+        raise ConfigError(f"{len(weights)} weights for {len(adapter.terms)} adapters", fix="give one for each")
+    terms = tuple((weight, source) for weight, (_, source) in zip(weights, adapter.terms, strict=True))
+    sites = {site for _, source in terms for site in source.sites}
+    for weight, source in terms:
+        per_site.check(weight, f"the weights of {next(iter(source.contents))}")
+        for pattern in weight if isinstance(weight, Mapping) else ():
+            if not any(per_site.first({pattern: True}, site) for site in sites):
+                raise ConfigError(f"no adapted module is called {pattern!r}", fix=nearest(pattern, sites))
+    return terms
 
 
-def _sites(terms: Sequence[tuple[float, Source]]) -> set[str]:
-    return {site for _, source in terms for site in source.sites}
+def _by_site(weight: Weight, source: Source) -> dict[str, float]:
+    depths = per_site.depths([*source.sites])
+    return {site: per_site.weight_at(weight, site, depths) for site in source.sites}
 
 
 def _wholes(
-    model: BaseModel, kept: Mapping[str, Any], options: Mapping[str, Any], terms: Sequence[tuple[float, Source]]
+    model: BaseModel, kept: Mapping[str, Any], options: Mapping[str, Any], sources: Sequence[Source]
 ) -> tuple[Whole, ...]:
     """The base's tensors that trained heads, biases and token rows replace."""
     found, shared = [], tied(model)
     for name, value, rows in registry().format(DEFAULT).replaced(kept, options):
-        old = _counterpart(model, name, terms)
+        old = _counterpart(model, name, sources)
         label = f"{value.path.parent.name}: the trained value of {name!r}"
         if old is None:
             raise NotMergeable(
@@ -172,8 +178,8 @@ def _apart(found: Mapping[str, Layer], wholes: Sequence[Whole]) -> tuple[Whole, 
     return tuple(whole for whole in wholes if whole.old.name not in adapted)
 
 
-def _counterpart(model: BaseModel, name: str, terms: Sequence[tuple[float, Source]]) -> TensorInfo | None:
-    for _, source in terms:
+def _counterpart(model: BaseModel, name: str, sources: Sequence[Source]) -> TensorInfo | None:
+    for source in sources:
         module, _, parameter = name.rpartition(".")
         there = f"{renaming(source, model)(module)}.{parameter}"
         if there in model.tensors:

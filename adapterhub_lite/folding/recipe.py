@@ -1,4 +1,4 @@
-"""A recipe read back: the adapters that it names, and the same sum of them again."""
+"""A fold's recipe read back: the adapters that it names, and the same sum of them again."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..combine import Truncated, WeightedSum
 from ..errors import ConfigError, FileError, printable
 from ..merged import Merged
 from ..options import build
+from ..per_site import Weight
 from ..plan import widest
 from ..registry import registry
 from ..source import Source, Stored, stored
@@ -61,21 +62,20 @@ def found(recipe: Any, refs: Sequence[str | Path], where: Path) -> Callable[[Lea
     return lambda leaf: by_digest[_key(leaf["sha256"])]
 
 
-def rebuilt(recipe: Any, source_of: Callable[[Leaf], Source], where: Path) -> Adapter:
-    """The value that a recipe's sum describes. `FileError` where a rule is not the one that it was."""
+def rebuilt(recipe: Any, source_of: Callable[[Leaf], Source], where: Path) -> tuple[Adapter, list[Weight]]:
+    """The adapters that a recipe's sum has, merged as far as it merges them, and their weights.
+
+    `FileError` where a rule is not the one that it was.
+    """
     match recipe:
-        case {"rule": "sum", "terms": [_, *_] as terms}:
+        case {"rule": "sum", "terms": [_, *_] as terms} if "options" not in recipe:
             try:
-                made = Adapter(tuple((_weight(t, where), _source(t, source_of, where)) for t in terms))
+                made = Adapter(tuple((1.0, _source(term, source_of, where)) for term in terms))
+                return made, [_weight(term, where) for term in terms]
             except (TypeError, ValueError, KeyError, AttributeError):
                 raise not_ours(where) from None
         case _:
             raise not_ours(where)
-    again = {"rule": "sum", "terms": [{"weight": w, **source.recipe()} for w, source in made.terms]}
-    if _unnamed(again) != _unnamed(recipe):
-        what = "a rule of the recipe is of another version here, or has other options"
-        raise FileError(what, where=where, fix="install the version of the package, or the plugin, that made it")
-    return made
 
 
 def not_ours(where: Path) -> FileError:
@@ -91,38 +91,51 @@ def _source(recipe: Any, source_of: Callable[[Leaf], Source], where: Path) -> So
             if not isinstance(inner, WeightedSum):
                 raise not_ours(where)
             how = {key: _number(recipe[key], where) for key in ("rank", "max_error", "budget") if key in recipe}
-            return Truncated(inner, **how, itemsize=ITEMSIZE[widest(inner)])
+            itemsize = _number(recipe.get("itemsize", ITEMSIZE[widest(inner)]), where)
+            return Truncated(inner, **how, itemsize=itemsize)
         case {"rule": str(name), "options": {**options}, "terms": [_, *_] as terms}:
             given = {str(key): value for key, value in options.items()}
             rule = build(registry().rule(name), given, owner=f"rule {printable(name)!r}")
-            weights = [_weight(term, where, mapped=True) for term in terms]
-            return Merged(rule, [_source(term, source_of, where) for term in terms], weights, recipe.get("at"))
+            if recipe.get("version") != rule.version:
+                raise FileError(
+                    f"was made by version {recipe.get('version')} of rule {name!r}, and this is {rule.version}",
+                    where=where,
+                    fix="install the version of the package, or of the plugin, that made it",
+                )
+            weights = [_weight(term, where) for term in terms]
+            at = _table(recipe["at"]) if "at" in recipe else None
+            return Merged(rule, [_source(term, source_of, where) for term in terms], weights, at)
         case {"rule": "sum", "terms": [_, *_] as terms}:
-            return WeightedSum(tuple((_weight(t, where), _source(t, source_of, where)) for t in terms))
+            return WeightedSum(tuple((_number(t["weight"], where), _source(t, source_of, where)) for t in terms))
         case _:
             raise not_ours(where)
 
 
-def _weight(term: Any, where: Path, *, mapped: bool = False) -> Any:
-    weight = term.get("weight")
-    return weight if mapped and isinstance(weight, dict) else _number(weight, where)
+def _weight(term: Any, where: Path) -> Weight:
+    """A number, or a table of them by patterns."""
+    weight = term["weight"]
+    if not isinstance(weight, (dict, list)):
+        number: float = _number(weight, where)
+        return number
+    found = _table(weight)
+    for value in found.values():
+        for number in value if isinstance(value, list) else [value]:
+            _number(number, where)
+    return found
+
+
+def _table(told: Any) -> dict[str, Any]:
+    """By patterns, in their order, which counts: an object, or a list of pairs."""
+    found = dict(told)
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise ValueError
+    return found
 
 
 def _number(value: Any, where: Path) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise not_ours(where)
     return value
-
-
-def _unnamed(recipe: Any) -> Any:
-    """Without the names of the adapters, which may lie elsewhere today."""
-    match recipe:
-        case {**entries}:
-            return {key: _unnamed(value) for key, value in entries.items() if key != "adapter"}
-        case [*parts]:
-            return [_unnamed(part) for part in parts]
-        case _:
-            return recipe
 
 
 def _digests(told: Mapping[Any, Any]) -> bool:

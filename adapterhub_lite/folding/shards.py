@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..checkpoint import ITEMSIZE, Checkpoint, TensorInfo, is_finite, sha256, to
 from ..errors import NotMergeable
 from ..source import Source, read
 from .copying import Step, copy_range, no_step, read_at, reading, reserve, write_at, writing
-from .places import Layer
+from .places import Layer, no_bias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,11 +61,6 @@ class Shard:
         return [info for info in self.touched if info.name not in in_part]
 
 
-def never() -> bool:
-    """Nobody has stopped it."""
-    return False
-
-
 @dataclass(frozen=True)
 class Job:
     """One shard's work: all that a worker needs, on this machine or another that sees the same files."""
@@ -78,7 +73,6 @@ class Job:
     threads: int
     laid_out: bool = False
     step: Step = no_step
-    stopped: Callable[[], bool] = never
 
 
 class Done(NamedTuple):
@@ -147,8 +141,6 @@ class _Folding:
         return kept
 
     def _one(self, change: Change, span: Span) -> _Piece:
-        if self.job.stopped():
-            raise KeyboardInterrupt
         info = change.layer.weight
         with reading(info.path) as old:
             stored = read_part(old, info, span, change.site)
@@ -160,8 +152,6 @@ class _Folding:
 
     def _write_bias(self, change: Change, found: Sequence[_Piece]) -> None:
         import torch
-
-        from .blocks import no_bias
 
         info = change.layer.bias
         changes = [piece.db for piece in found if piece.db is not None]
@@ -228,7 +218,7 @@ def _put_whole(whole: Whole, job: Job, handle: int) -> None:
 
 
 def pieces(whole: Whole, rounding: Rounding) -> Iterator[tuple[int, Tensor]]:
-    """A value that an adapter brings along, in the base's dtype, and where in the file: a head can have a gigabyte."""
+    """A value that an adapter brings along, in the base's dtype, and where it goes: a head can have a gigabyte."""
     from .blocks import BLOCK, Span
 
     old, new = whole.old, whole.new

@@ -9,19 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from ..adapter import Adapter
 from ..base_model import BaseModel
 from ..checkpoint import Checkpoint, check_finite, sha256
+from ..combine import labelled
 from ..errors import ConfigError, FileError, NotMergeable
+from ..hub import snapshot
+from ..per_site import Weight
 from ..source import stored
 from . import manifest
 from .planning import Plan, header_digest, planned
 from .recipe import found, not_ours, rebuilt
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
     from .again import Compared
 
 ADAPTER = "adapter_config.json"
+FIX = "fold again, or copy the folder again from where it is whole"
 BLOCKS = 4  # of each tensor, that are computed again
 AT_ONCE = 4  # files that are read at once
 
@@ -37,7 +41,11 @@ class Verified:
     checked: tuple[str, ...]
     unchecked: tuple[str, ...]
     files: int
+    """Of a model, those that have the SHA-256 that the manifest says."""
+    nbytes: int
+    """That they have."""
     tensors: int
+    """Tensors that the strictly read headers have."""
     numbers: int = 0
     """Of the tensors that adapters change, computed again and found the same, bit by bit."""
     of: int = 0
@@ -46,7 +54,14 @@ class Verified:
     def plain(self) -> dict[str, Any]:
         """As JSON carries it."""
         told = {"kind": self.kind, "checked": list(self.checked), "unchecked": list(self.unchecked)}
-        return {**told, "files": self.files, "tensors": self.tensors, "recomputed": self.numbers, "of": self.of}
+        return {
+            **told,
+            "files": self.files,
+            "bytes": self.nbytes,
+            "tensors": self.tensors,
+            "recomputed": self.numbers,
+            "of": self.of,
+        }
 
 
 def verify(
@@ -103,7 +118,7 @@ def _adapter(folder: Path, adapters: Sequence[str | Path] | None, progress: Prog
         checked.append("the adapters have the digests of the recipe")
     elif recipe is not None:
         unchecked.append("the adapters that it was merged from: give --adapters")
-    return Verified("adapter", tuple(checked), tuple(unchecked), len(own.files), tensors)
+    return Verified("adapter", tuple(checked), tuple(unchecked), len(own.files), total, tensors)
 
 
 class _Model:
@@ -118,17 +133,18 @@ class _Model:
     ) -> None:
         if not folder.is_dir():
             what = "is a file, not a folder" if folder.exists() else "there is no such folder"
-            raise FileError(what, where=folder, fix="give the OUT of adapter merge")
+            raise FileError(what, where=folder, fix="give the folder that a fold or a merge wrote")
         self.folder, self.base, self.adapters, self.progress = folder, base, adapters, progress
         told = manifest.read(folder)
         self.files: Mapping[str, str] = told["files"]
         self.replaced: list[str] = sorted(told["replaced"])
         self.where = folder / manifest.NAME
+        self.nbytes = 0
         self.recipe = _checked_recipe(told["recipe"], self.where)
 
     def verified(self, blocks: int | None, seed: int) -> Verified:
         hidden = self._names()
-        self._digests()
+        self.nbytes = self._digests()
         model = BaseModel.open(self.folder)
         self._headers({name: shard.path for name, shard in model.shards.items()})
         checked = [f"{len(self.files)} files have the digests of the manifest", "headers and index are whole"]
@@ -144,14 +160,14 @@ class _Model:
         if source is None or merged is None:
             lacking = [*(["--base"] if source is None else []), *(["--adapters"] if merged is None else [])]
             unchecked.append(f"that the weights are what the recipe gives: give {' and '.join(lacking)}")
-            return Verified("model", tuple(checked), tuple(unchecked), files, tensors)
-        compared, total = self._again(source, merged, blocks, seed)
+            return Verified("model", tuple(checked), tuple(unchecked), files, self.nbytes, tensors)
+        compared, total = self._again(source, *merged, blocks, seed)
         checked.append(f"{compared.numbers} of {total} changed numbers, computed again, are the same")
-        part = "" if blocks is None else "samples of "
+        part = "" if compared.whole else "samples of "
         checked.append(f"{part}the {compared.copied} other tensors are the base's")
-        if compared.numbers < total:
-            unchecked.append("the other numbers and bytes against the base: say --all")
-        return Verified("model", tuple(checked), tuple(unchecked), files, tensors, compared.numbers, total)
+        if compared.numbers < total or not compared.whole:
+            unchecked.append("the other numbers and bytes: say --all")
+        return Verified("model", tuple(checked), tuple(unchecked), files, self.nbytes, tensors, compared.numbers, total)
 
     def _names(self) -> list[str]:
         """What is hidden; `FileError` for a file that is missing or one too many."""
@@ -163,11 +179,14 @@ class _Model:
                 there.add(str(path))
         for name in sorted(there ^ self.files.keys()):
             if name in there:
-                raise FileError("is not in the manifest", where=self.folder / name, fix="remove it")
-            raise FileError("is missing", where=self.folder / name, fix="download the model again, or fold again")
+                raise FileError(
+                    "is not in the manifest", where=self.folder / name, fix="remove it, if you know what it is"
+                )
+            raise FileError("is missing", where=self.folder / name, fix=FIX)
         return hidden
 
-    def _digests(self) -> None:
+    def _digests(self) -> int:
+        """How many bytes were read; `FileError` for a file that has another digest."""
         names = sorted(self.files)
         sizes = {name: (self.folder / name).stat().st_size for name in names}
         total, done = sum(sizes.values()), 0
@@ -175,15 +194,13 @@ class _Model:
         try:
             for name, digest in zip(names, pool.map(lambda name: sha256(self.folder / name), names), strict=True):
                 if digest != self.files[name]:
-                    raise FileError(
-                        "differs from what was written: its SHA-256 is not the manifest's",
-                        where=self.folder / name,
-                        fix="download the model again, or fold again",
-                    )
+                    what = "is not what was written: its SHA-256 differs"
+                    raise FileError(what, where=self.folder / name, fix=FIX)
                 done += sizes[name]
                 self.progress(done, total)
         finally:
             pool.shutdown(cancel_futures=True)
+        return total
 
     def _headers(self, shards: Mapping[str, Path]) -> None:
         """That files of weights, ours or the base's, have the headers of the recipe."""
@@ -199,7 +216,7 @@ class _Model:
 
     def _base(self) -> BaseModel:
         assert self.base is not None
-        model = BaseModel.open(self.base)
+        model = BaseModel.open(snapshot(self.base))
         self._headers({name: shard.path for name, shard in model.shards.items()})
         for name in (*map(str, model.others), *([model.index] if model.index else [])):
             if name != manifest.NAME and self.files.get(name) != sha256(model.folder / name):
@@ -207,13 +224,15 @@ class _Model:
                 raise FileError(what, where=model.folder / name, fix="give the base that was folded into")
         return model
 
-    def _again(self, base: BaseModel, merged: Adapter, blocks: int | None, seed: int) -> tuple[Compared, int]:
+    def _again(
+        self, base: BaseModel, merged: Adapter, weights: Sequence[Weight], blocks: int | None, seed: int
+    ) -> tuple[Compared, int]:
         from .again import Compared, Sample
         from .blocks import Rounding
 
         compared: Compared | None = None
         error: FileError | NotMergeable | None = None
-        for plan in self._plans(base, merged):
+        for plan in self._plans(base, merged, weights):
             compared = Compared(plan, self.folder, Rounding(self.recipe.get("seed")), Sample(blocks, seed))
             try:
                 compared.wholes()
@@ -233,13 +252,13 @@ class _Model:
         assert error is not None
         raise error
 
-    def _plans(self, base: BaseModel, merged: Adapter) -> Iterator[Plan]:
+    def _plans(self, base: BaseModel, merged: Adapter, weights: Sequence[Weight]) -> Iterator[Plan]:
         """What would be folded; more than one where adapters bring different heads, for the recipe names none."""
         error: Exception | None = None
         fitting = False
-        for keep in (None, "none", *merged.source.contents):
+        for keep in (None, "none", *labelled(source for _, source in merged.terms)):
             try:
-                plan = planned(base, merged, at=self.recipe.get("at"), any_base=True, keep=keep)
+                plan = planned(base, merged, weights=weights, any_base=True, keep=keep)
             except NotMergeable as other:
                 error = error or other
                 continue
@@ -255,22 +274,17 @@ class _Model:
 
 
 def _checked_recipe(recipe: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
-    match {key: value for key, value in recipe.items() if key not in ("at", "rounding", "seed")}:
-        case {"rule": "fold", "base": str(), "headers": {**headers}, "of": {}, **more} if not more and all(
-            isinstance(d, str) for d in headers.values()
+    match recipe:
+        case {"rule": "fold", "base": str(), "headers": {**headers}, "of": {}} if all(
+            isinstance(digest, str) for digest in headers.values()
         ):
             pass
         case _:
             raise not_ours(where)
     match recipe:
         case {"rounding": "nearest"} if "seed" not in recipe:
-            pass
+            return recipe
         case {"rounding": "stochastic", "seed": int()}:
-            pass
-        case _:
-            raise not_ours(where)
-    match recipe.get("at", {}):
-        case {**at} if all(isinstance(w, list) and all(isinstance(x, (int, float)) for x in w) for w in at.values()):
             return recipe
         case _:
             raise not_ours(where)

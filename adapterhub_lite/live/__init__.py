@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .. import compose
 from ..adapter import Adapter, load
-from ..compose import Composition, Gate, Node
+from ..compose import Composition, Fuse, Gate, Node, Route
 from ..errors import AdapterError, ConfigError, UnknownName, nearest
 from ..protocol import Method
+from ..routing import Router
 from ..seed import generator
 from ..sharding import sharded
 from ..site import Site
@@ -22,13 +23,14 @@ from ..source import read as read_tensor
 from . import folder
 from .batches import Plans, batch
 from .files import check_base, held, read
-from .gating import GatePart
+from .gating import deltas, gate_part
 from .kept import Kept
 from .merging import merge, unmerge
 from .program import program, refuse, wrapping
 from .summary import Summary, summary
+from .swapping import reserved, swap
 from .targets import select
-from .training import param_groups, penalty, register
+from .training import param_groups, parts_of, penalty, register
 from .tree import (
     STATE,
     Around,
@@ -138,17 +140,35 @@ class Adapters:
             parts.append(Part(here, site, tensors, trained(tensors), common))
         self._attach(name, method, parts, common)
 
-    def load(self, ref: str | Path | Adapter, name: str, *, any_base: bool = False) -> None:
+    def load(self, ref: str | Path | Adapter, name: str, *, any_base: bool = False, reserve: int | None = None) -> None:
         """The adapter in the folder `ref`, or the value `ref`, as adapter `name`. The first on a model is active.
 
         Strict: each layer that it adapts must be there, of the same kind and shape, and hold the weights that it was
         trained on, as far as the file tells; `any_base` takes other weights. A sum is computed now, and its tensors
-        are float32, or float64 where the weight is.
+        are float32, or float64 where the weight is. With `reserve` a low-rank adapter is held as a LoRA of that rank,
+        padded with zeros and with its scale in B: `hotswap` then takes any up to that rank.
         """
         self._refuse_merged("load an adapter")
         self._check_new(name)
         value = ref if isinstance(ref, Adapter) else load(ref)
-        self._attach(name, *read(self.model, value, ref, any_base=any_base))
+        method, parts, common = read(self.model, value, ref, any_base=any_base)
+        if reserve is not None:
+            method, parts = reserved(parts, reserve)
+            common = None
+        self._attach(name, method, parts, common)
+
+    def hotswap(self, name: str, ref: str | Path | Adapter, *, any_base: bool = False) -> None:
+        """Put the tensors of the adapter in the folder `ref`, or of the value `ref`, in the place of those of `name`.
+
+        They are copied into the same memory, and nothing that was compiled is compiled anew. Into a LoRA any low-rank
+        change fits that is at no other layers and of no higher rank: smaller ones are padded with zeros, other scales
+        multiplied into B. Of other methods only an adapter with the same options. Nothing is changed where one does
+        not fit, and that is `ConfigError`.
+        """
+        self._refuse_merged("swap an adapter")
+        self._known(name)
+        value = ref if isinstance(ref, Adapter) else load(ref)
+        swap(name, parts_of(self.model, name), read(self.model, value, ref, any_base=any_base)[1])
 
     def save(
         self, name: str, out: str | Path, *, dtype: torch.dtype | None = None, force: bool = False
@@ -193,18 +213,18 @@ class Adapters:
         if not any_base:
             check_base(saved.base, {part.site.name: part.site for part in parts}, at)
         gating = folder.gate_parts(saved, parts, at, read_tensor)
-        former, frozen = self.composition, STATE in self.model.__dict__
+        former, trains, frozen = self.composition, self._state.trains, STATE in self.model.__dict__
         try:
             for name, (method, own_parts, common) in found.items():
                 self._attach(name, method, own_parts, common)
             here = {slot.site.name: slot for _, slot in slots(self.model)}
             for name, gate in gating:
-                gate.requires_grad_(False)
+                gate.learn(())
                 here[gate.site.name].add_module(name, gate)
             self._state.gates.update((gate.name, gate) for gate in gates)
             self.activate(saved.tree)
         except AdapterError:
-            self.activate(former)
+            self.activate(former, train=trains)
             for name in [*(gate.name for gate in gates), *names]:
                 if name in self.names or name in self.gates:
                     self.remove(name)
@@ -240,15 +260,48 @@ class Adapters:
         self._refuse_merged("add a gate")
         self._check_new(name)
         gate = Gate(name, per, reads, outputs)
-        for own in _words(of):
-            self._known(own)
-        here = [slot for _, slot in slots(self.model) if slot.parts.keys() & set(_words(of))]
-        made = [GatePart(gate, slot.site, seed) for slot in here]
-        for slot, part in zip(here, made, strict=True):
-            part.requires_grad_(False)
-            slot.add_module(name, part)
-        self._state.gates[name] = gate
+        self._place(gate, _words(of), (), seed)
         return gate
+
+    def add_router(
+        self,
+        name: str,
+        router: Router,
+        ways: Sequence[Composition],
+        *,
+        per: Literal["token", "sample"] = "token",
+        seed: int = 0,
+    ) -> Route:
+        """A Route over `ways`, each an adapter or a composition, whose weights `router` gives at every layer of theirs.
+
+        What it computes of the adapters it computes now: make it anew when they change. What it trains it trains while
+        the Route is on, or with routers that have `Router.alone`, one way at a time: `route.alone(0)`. With
+        `per="sample"` the weights are the mean over a sample's tokens.
+        """
+        self._refuse_merged("add a router")
+        self._check_new(name)
+        if not isinstance(router, Router):
+            raise ConfigError(f"{router!r} is not a router with its options", fix='give one, say ah.router("arrow")')
+        nodes = tuple(compose.tree(way) for way in ways)
+        route = Route(Gate(name, per, "input", len(nodes), router), nodes)
+        self._place(route.gate, compose.names(route), nodes, seed)
+        return route
+
+    def add_fusion(self, name: str, of: Sequence[Composition], *, seed: int = 0) -> Fuse:
+        """AdapterFusion over the adapters or compositions `of`: attention from a layer's output over what each adds.
+
+        Its tensors, at every layer of theirs, are trained while it is on; `activate(fuse, train="gates")` freezes the
+        adapters, as the paper does, and `penalty` then has 0.01 ‖I − V‖² of each layer. At first the weights are nearly
+        even, and V nearly the identity.
+        """
+        self._refuse_merged("add a fusion")
+        self._check_new(name)
+        nodes = tuple(compose.tree(own) for own in of)
+        if any(not compose.names(own) for own in nodes):
+            raise ConfigError("the base adds nothing that could be fused", where=name, fix="give adapters")
+        fuse = Fuse(Gate(name, "token", "output", len(nodes), fuses=True), nodes)
+        self._place(fuse.gate, compose.names(fuse), nodes, seed)
+        return fuse
 
     def remove(self, name: str) -> None:
         """Take adapter or gate `name` off. Without adapters the model is as it was: hooks, names, what is trainable.
@@ -275,27 +328,31 @@ class Adapters:
 
     # Switching ----------------------------------------------------------------------------------------
 
-    def activate(self, which: Composition | Sequence[Composition]) -> None:
+    def activate(self, which: Composition | Sequence[Composition], *, train: Literal["all", "gates"] = "all") -> None:
         """Switch to one adapter, to a weighted sum of several, to another composition, or to the base alone (None).
 
         Only what is active gets gradients. With weights w a layer gives y + Σ wᵢ (yᵢ − y), where y is the base's
         output and yᵢ that with the i-th adapter. A composition is a tree, `0.7 * ah.use("a") + ah.chain("b", "c")`;
-        one that cannot be computed is refused now. A list gives each row of the batch a composition of its own.
+        one that cannot be computed is refused now. A list gives each row of the batch a composition of its own. With
+        `train="gates"` the adapters are frozen, and gates and routers alone are trained.
         """
         self._refuse_merged("activate another adapter")
         node = compose.tree(which)
         self._check(node)
+        if train not in ("all", "gates"):
+            raise ConfigError(f"train={train!r} is neither 'all' nor 'gates'")
+        self._state.trains = train
         self._switch(node)
 
     @contextmanager
     def using(self, which: Composition | Sequence[Composition]) -> Iterator[Adapters]:
         """As `activate`, within a `with` statement; behind it the former adapters are active again."""
-        former = self.composition
+        former, trains = self.composition, self._state.trains
         self.activate(which)
         try:
             yield self
         finally:
-            self.activate(_left(former, self.names))
+            self.activate(_left(former, self.names), train=trains)
 
     @contextmanager
     def inference(self) -> Iterator[Adapters]:
@@ -396,9 +453,21 @@ class Adapters:
         state.methods[name] = method
         self._switch(state.composition if len(state.methods) > 1 else compose.use(name))
 
+    def _place(self, gate: Gate, of: Sequence[str], ways: Sequence[Node], seed: int) -> None:
+        """A gate at every layer of the adapters `of`, for these ways if it is a router's."""
+        for own in of:
+            self._known(own)
+        here = [slot for _, slot in slots(self.model) if slot.parts.keys() & set(of)]
+        made = [gate_part(gate, slot.site, seed, deltas(gate, ways, slot.parts, slot.site)) for slot in here]
+        for slot, part in zip(here, made, strict=True):
+            part.learn(())
+            slot.add_module(gate.name, part)
+        self._state.gates[gate.name] = gate
+
     def _switch(self, composition: Node) -> None:
         self._state.composition = composition
-        on, gates = self._state.active, {gate.name for gate in compose.gates(composition)}
+        on = self._state.active if self._state.trains == "all" else ()
+        gates = compose.ways(composition)
         plans: Plans = {}
         for _, slot in slots(self.model):
             parts, own_gates = slot.parts, slot.gates
@@ -415,7 +484,7 @@ class Adapters:
                 for tensor in part.trained:
                     part.get_parameter(tensor).requires_grad_(name in on)
             for name, gate in own_gates.items():
-                gate.requires_grad_(name in gates)
+                gate.learn(gates.get(name, ()))
 
     def _check(self, composition: Node) -> None:
         """Raise for what is not there, and for what cannot be computed at some layer."""

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from .. import compose, sketch, source, strict_json
 from ..adapter import Adapter, load
 from ..checkpoint import Checkpoint, TensorInfo, dtype_name
-from ..errors import ConfigError, FileError, NotMergeable
+from ..errors import ConfigError, FileError, NotMergeable, UnknownName
 from ..format import is_floating
 from ..registry import registry
 from ..sharding import whole
 from ..staging import staged
 from ..writer import TensorWriter
 from .files import held, original
-from .gating import GatePart
+from .gating import GatePart, gate_part
 from .tree import Part, slots, state_of
 
 MANIFEST, TENSORS, ADAPTERS = "composition.json", "gates.safetensors", "adapters"
@@ -105,9 +105,9 @@ def read(folder: Path) -> Saved:
         what = f"has the layout {manifest['layout']!r}, and {LAYOUT} is known"
         raise FileError(what, where=path, fix="update adapterhub-lite")
     try:
-        tree = compose.from_plain(manifest["composition"])
+        tree = compose.from_plain(manifest["composition"], registry().router)
         names, gates = compose.names(tree), compose.gates(tree)
-    except ConfigError as error:
+    except (ConfigError, UnknownName) as error:
         raise FileError(error.what, where=path, fix=error.fix or "save it again") from None
     base = sketch.told(manifest)
     if base != manifest["base"]:
@@ -149,8 +149,8 @@ def gate_parts(
             what = f"has a tensor {key!r}, which is of no gate at a layer of these adapters"
             raise FileError(what, where=folder / TENSORS, fix="save it again")
         if (site, name) not in made:
-            made[site, name] = GatePart(gates[name], sites[site], 0)
-            missing |= {(site, name, own) for own in ("W", "b")}
+            made[site, name] = gate_part(gates[name], sites[site], 0)
+            missing |= {(site, name, own) for own, _ in made[site, name].named_parameters()}
         parameter = dict(made[site, name].named_parameters()).get(own)
         if parameter is None or tuple(parameter.shape) != info.shape or not is_floating(info):
             is_ = f"{info.dtype} {list(info.shape)}"

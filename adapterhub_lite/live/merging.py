@@ -12,7 +12,7 @@ from ..errors import NotMergeable
 from ..protocol import Params
 from ..site import Site
 from .batches import Batch
-from .program import Added, Leaf, Program, Routed
+from .program import Added, Fused, Leaf, Program, Routed
 from .tree import SLOT, Part, Slot, base_modules, slots
 
 
@@ -124,7 +124,7 @@ def _folded(program: Program, v: Affine, base: Affine) -> Affine:
                 raise _gated(weight.site, weight.gate.name)
             total = total.plus(weight, _folded(own, v, base), v)
         return total
-    if isinstance(program, Routed):
+    if isinstance(program, (Routed, Fused)):
         raise _gated(program.gate.site, program.gate.gate.name)
     if isinstance(program, Batch):
         what = "each row of the batch has a composition of its own, and the weight is one"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 from .. import compose
 from ..errors import ConfigError
+from .gating import Fusion, GatePart, OneWay
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .batches import Batch
-    from .gating import GatePart
     from .tree import Part
 
 
@@ -46,7 +46,7 @@ class Leaf(NamedTuple):
 class Added(NamedTuple):
     """v + Σ wᵢ (fᵢ(v) − v)."""
 
-    terms: tuple[tuple[float | GatePart, Program], ...]
+    terms: tuple[tuple[float | GatePart | OneWay, Program], ...]
 
     def run(self, call: Call, v: Tensor) -> Tensor:
         total = v
@@ -80,7 +80,17 @@ class Routed(NamedTuple):
         return total
 
 
-Program: TypeAlias = "Leaf | Added | Chained | Routed | Batch"
+class Fused(NamedTuple):
+    """v + V Σ aᵢ (fᵢ(v) − v); ways that lead through nothing are left out."""
+
+    gate: Fusion
+    ways: tuple[Program, ...]
+
+    def run(self, call: Call, v: Tensor) -> Tensor:
+        return v + self.gate.fused(v, [own.run(call, v) - v for own in self.ways])
+
+
+Program: TypeAlias = "Leaf | Added | Chained | Routed | Fused | Batch"
 
 
 def program(node: compose.Node, parts: Mapping[str, Part], gates: Mapping[str, GatePart]) -> Program:
@@ -89,15 +99,22 @@ def program(node: compose.Node, parts: Mapping[str, Part], gates: Mapping[str, G
         part = parts[node.name]
         return Leaf(part, part.method.defines("before"))
     if isinstance(node, compose.Sum):
-        terms = (
-            (gates[weight.name] if isinstance(weight, compose.Gate) else float(weight), program(own, parts, gates))
-            for weight, own in node.terms
-        )
+        terms = ((_weight(weight, gates), program(own, parts, gates)) for weight, own in node.terms)
         return Added(tuple(terms))
     if isinstance(node, compose.Route):
         ways = ((i, own) for i, own in enumerate(node.of) if not isinstance(own, compose.Base))
         return Routed(gates[node.gate.name], tuple((i, program(own, parts, gates)) for i, own in ways))
+    if isinstance(node, compose.Fuse):
+        own_ways = (program(own, parts, gates) for own in node.of if not isinstance(own, compose.Base))
+        return Fused(cast("Fusion", gates[node.gate.name]), tuple(own_ways))
     return Chained(tuple(program(own, parts, gates) for own in compose.children(node)))
+
+
+def _weight(weight: compose.Weight, gates: Mapping[str, GatePart]) -> float | GatePart | OneWay:
+    if not isinstance(weight, compose.Gate):
+        return float(weight)
+    gate = gates[weight.name]
+    return gate if weight.way is None else OneWay(gate, weight.way)
 
 
 # What cannot be computed ------------------------------------------------------------------------------------
@@ -139,7 +156,7 @@ def _refuse_beside(node: compose.Node, name: str, part: Part, where: str) -> Non
     if isinstance(weight, compose.Gate) and isinstance(compose.children(node)[0], compose.Use):
         if (weight.per, weight.reads) != ("sample", "input"):
             raise ConfigError(who + "be weighed by token, or by its output", where=where, fix="make another gate")
-        if not part.method.defines("weighed"):
+        if not part.method.defines("weighed") or weight.by is not None:
             raise ConfigError(who + "be weighed by a gate", where=where, fix="activate it with weight 1")
         return
     how = f"have the weight {weight:g}" if isinstance(weight, (int, float)) else "be part of more than a term"

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import compose
 from ..errors import ConfigError, PluginError
+from .gating import Fusion
 from .tree import Part, base_modules, slots, state_of
 
 Rule = Literal["before_step", "after_step"]
@@ -19,7 +20,8 @@ Rule = Literal["before_step", "after_step"]
 def param_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     """The groups of the active adapters, as their methods say, of the gates, and of what was unfrozen of the base."""
     groups: list[dict[str, Any]] = []
-    for name in state_of(model).active:
+    state = state_of(model)
+    for name in state.active if state.trains == "all" else ():
         method, params = state_of(model).methods[name], dict[str, list[nn.Parameter]]()
         for part in parts_of(model, name):
             for tensor in part.trained:
@@ -29,12 +31,12 @@ def param_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
         if given != sorted(id(p) for ps in params.values() for p in ps):
             raise PluginError(f"groups() of method {method.name!r} does not give each parameter exactly once")
         groups += [group for group in own if group["params"]]
-    on = {gate.name for gate in compose.gates(state_of(model).composition)}
+    on = {gate.name for gate in compose.gates(state.composition)}
     parts = [gate for _, slot in slots(model) for name, gate in slot.gates.items() if name in on]
-    gates = [p for gate in parts for p in gate.parameters()]
+    gates = [gate.get_parameter(tensor) for gate in parts for tensor in gate.learns]
     groups += [{"params": gates, "lr": lr}] if gates else []
     if not groups:
-        raise ConfigError("no active adapter has anything to train", fix="activate one")
+        raise ConfigError("nothing that is active can be trained", fix="activate an adapter, or a gate")
     unfrozen = {id(p): p for p in base_parameters(model) if p.requires_grad}
     return [*groups, {"params": list(unfrozen.values()), "lr": lr}] if unfrozen else groups
 
@@ -76,7 +78,7 @@ def _run(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule) -> None
 
 
 def penalty(model: nn.Module) -> Tensor:
-    """The sum of what the methods of the active adapters add to the loss."""
+    """The sum of what the methods of the active adapters, and fusions that are on, add to the loss."""
     found = [
         term
         for name in state_of(model).active
@@ -84,6 +86,9 @@ def penalty(model: nn.Module) -> Tensor:
         for part in parts_of(model, name)
         if (term := part.method.penalty(part.params(), part.site)) is not None
     ]
+    on = {gate.name for gate in compose.gates(state_of(model).composition)}
+    fusions = (own for _, slot in slots(model) for name, own in slot.gates.items() if name in on)
+    found += [own.penalty() for own in fusions if isinstance(own, Fusion)]
     return torch.stack([term.float() for term in found]).sum() if found else torch.zeros(())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +159,7 @@ class State:
     methods: dict[str, Method] = field(default_factory=dict)
     gates: dict[str, compose.Gate] = field(default_factory=dict)
     composition: compose.Node = field(default_factory=compose.Base)
+    trains: Literal["all", "gates"] = "all"  # of what is on
     merged: bool = False
 
     @property

@@ -248,9 +248,10 @@ def test_weights_by_module(tmp_path: Path) -> None:
     names = {f"l.{i}.{which}": (9, 5) for i in range(3) for which in ("q", "mlp.up")}
     parts = [write_lora(tmp_path / key, names, seed=i) for i, key in enumerate("ab")]
     folder = write_model(tmp_path / "base", {f"{n}.weight": draw(9, 5, seed=i) for i, n in enumerate(names)})
-    at = {"*.mlp.*": [0.5, 2], "l.1.*": [-1, 0], "l.2.q": [0, 0]}
+    at = {"l.2.q": [0, 0], "l.1.*": [-1, 0], "*.mlp.*": [0.5, 2], "*": [0.7, 0.3]}  # the first that matches counts
+    own = [{glob: weights[i] for glob, weights in at.items()} for i in (0, 1)]
     a, b = map(ah.load, parts)
-    result = ah.fold(folder, 0.7 * a + 0.3 * b, tmp_path / "out", at=at)
+    result = ah.fold(folder, a + b, tmp_path / "out", weights=own)
     expected = {
         "l.0.q": [0.7, 0.3], "l.0.mlp.up": [0.5, 2], "l.1.q": [-1, 0], "l.1.mlp.up": [-1, 0], "l.2.q": [0, 0],
         "l.2.mlp.up": [0.5, 2],
@@ -261,13 +262,13 @@ def test_weights_by_module(tmp_path: Path) -> None:
         want = rounded(old[f"{name}.weight"].double().numpy() + delta, torch.float32)
         assert same_bits(got[f"{name}.weight"], want), name
     assert sorted(result.modules) == sorted(expected.keys() - {"l.2.q"})
-    assert result.recipe["at"] == {glob: list(map(float, weights)) for glob, weights in at.items()}
+    assert [term["weight"] for term in result.recipe["of"]["terms"]] == own
 
 
 def test_vera_without_projections_where_a_layer_has_weight_zero(tmp_path: Path) -> None:
     """Its matrices depend on the largest layer, which need not be one that changes."""
     part, base, want = trained("vera without projections", tmp_path / "a")
-    ah.fold(write_model(tmp_path / "base", base), ah.load(part), tmp_path / "out", at={"wide": [0]})
+    ah.fold(write_model(tmp_path / "base", base), ah.load(part), tmp_path / "out", weights=[{"wide": 0, "*": 1}])
     got = tensors_of(tmp_path / "out")
     assert same_bits(got["wide.weight"], base["wide.weight"])
     for name in ("tall.weight", "square.weight", "plain.weight"):
@@ -353,8 +354,95 @@ def test_a_method_without_rows(tmp_path: Path, by_inputs: bool, monkeypatch: pyt
 
 def test_the_recipe_says_how(tmp_path: Path) -> None:
     part, base, _ = trained("lora", tmp_path / "a")
-    result = ah.fold(write_model(tmp_path / "base", base), 0.25 * ah.load(part), tmp_path / "out", stochastic=9)
+    result = ah.fold(
+        write_model(tmp_path / "base", base), 0.25 * ah.load(part), tmp_path / "out", rounding="stochastic", seed=9
+    )
     recipe = result.recipe
     assert (recipe["rule"], recipe["rounding"], recipe["seed"]) == ("fold", "stochastic", 9)
     assert [term["weight"] for term in recipe["of"]["terms"]] == [0.25]
     assert json.loads((tmp_path / "out" / "adapterhub_lite.json").read_text()) == result.plain()
+
+
+SPARSE = '''
+from dataclasses import dataclass
+
+from adapterhub_lite import Method, hookimpl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picked(Method):
+    """Some numbers of W change."""
+
+    name = "picked"
+    paper = "https://example.org/picked"
+    site_kinds = frozenset({"linear", "transposed_linear"})
+    peft_type = "PICKED"
+
+    def delta(self, p, site):
+        from adapterhub_lite import Sparse
+
+        return Sparse(p["at"].long(), p["v"], site.shape)
+
+    def peft_keys(self):
+        return {"": {"at": "picked_at", "v": "picked_v"}}
+
+    @classmethod
+    def from_peft(cls, config):
+        return cls()
+
+    def to_peft(self):
+        return {}
+
+    def place(self, family, shapes):
+        return "linear", (-1, -1), (-1, -1)
+
+
+@hookimpl
+def methods():
+    return [Picked]
+'''
+
+
+@pytest.mark.parametrize("block", [1 << 18, 8])
+@pytest.mark.parametrize("by_inputs", [False, True])
+def test_a_sparse_change(tmp_path: Path, by_inputs: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "picked.py").write_text(SPARSE)
+    out, into = 11, 6
+    W, v, at = draw(out, into), draw(4), torch.tensor([3, 17, 40, 65])
+    tensors = {"x.weight": W.T.contiguous() if by_inputs else W, "x.bias": draw(out, seed=2)}
+    folder = write_model(tmp_path / "base", tensors)
+    keys = {"base_model.model.x.picked_at": at.float(), "base_model.model.x.picked_v": v}
+    part = write_adapter(tmp_path / "a", keys, {"peft_type": "PICKED"})
+    other = write_lora(tmp_path / "b", {"x": (out, into)})
+    registry.reset()
+    try:
+        registry.use_plugins_dir(tmp_path / "plugins")
+        ah.fold(folder, 0.5 * ah.load(part) + ah.load(other), tmp_path / "out", any_base=True)
+    finally:
+        registry.reset()
+    want = W.double().flatten()
+    want[at] += 0.5 * v.double()
+    want = want.reshape(out, into) + torch.from_numpy(lora_delta(other, "x"))
+    got = tensors_of(tmp_path / "out")
+    assert off_by(got["x.weight"], rounded((want.T if by_inputs else want).numpy(), torch.float32))[1] <= 1
+    assert same_bits(got["x.bias"], draw(out, seed=2))
+
+
+@pytest.mark.parametrize("rule", ["ties", "knots", "slerp"])
+def test_the_result_of_a_rule(tmp_path: Path, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 16)
+    layers = {"l.wide": (9, 14), "l.square": (8, 8)}
+    a, b = (ah.load(write_lora(tmp_path / key, layers, seed=i)) for i, key in enumerate("ab"))
+    folder = write_model(
+        tmp_path / "base", {f"{n}.weight": draw(*s, seed=i) for i, (n, s) in enumerate(layers.items())}
+    )
+    merged = ah.merge([a, b], rule)
+    ah.fold(folder, 0.5 * merged, tmp_path / "out")
+    for name in layers:
+        delta = merged.delta(name)
+        wide = type(delta)(*(t.double() if isinstance(t, Tensor) else t for t in delta)).dense()  # not in float32
+        want = tensors_of(folder)[f"{name}.weight"].double() + 0.5 * wide
+        got = tensors_of(tmp_path / "out")[f"{name}.weight"]
+        assert off_by(got, rounded(want.numpy(), torch.float32))[1] <= 1

@@ -1,4 +1,4 @@
-"""transformers loads what was folded, and it computes what the live adapters do; PEFT's merge agrees where it is right."""
+"""transformers loads what was folded, and it computes what the live adapters do; PEFT agrees where it is right."""
 
 from __future__ import annotations
 

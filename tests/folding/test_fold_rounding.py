@@ -164,7 +164,7 @@ def test_two_runs_are_one(tmp_path: Path, abc: list[Path], seed: int | None, mon
         for n in (1, 2, 3, 8):
             torch.set_num_threads(n)
             a, b, c = map(ah.load, abc)
-            result = ah.fold(folder, 0.5 * a + b - c, tmp_path / f"out{n}", stochastic=seed)
+            result = ah.fold(folder, 0.5 * a + b - c, tmp_path / f"out{n}", rounding="stochastic", seed=seed)
             found.append((digests(tmp_path / f"out{n}"), result.plain()))
             assert torch.get_num_threads() == n
     finally:
@@ -194,7 +194,7 @@ def test_at_random_it_is_one_of_the_two_and_right_on_average(tmp_path: Path, dty
     tensors = {"big.weight": draw(300, 400, std=0.02).to(dtype)}
     folder = write_model(tmp_path / "base", tensors)
     part = write_lora(tmp_path / "a", {"big": (300, 400)}, rank=2, std=0.01, seed=5)
-    ah.fold(folder, ah.load(part), tmp_path / "out", stochastic=3)
+    ah.fold(folder, ah.load(part), tmp_path / "out", rounding="stochastic", seed=3)
     got = tensors_of(tmp_path / "out")["big.weight"].double()
     exact = tensors["big.weight"].double().numpy() + lora_delta(part, "big")
     low, high = neighbours(exact, dtype)
@@ -209,9 +209,13 @@ def test_at_random_it_is_one_of_the_two_and_right_on_average(tmp_path: Path, dty
 def test_at_random_by_the_seed(tmp_path: Path, abc: list[Path]) -> None:
     folder = base(tmp_path / "base", torch.bfloat16)
     for name, seed in (("x", 0), ("y", 0), ("z", 1)):
-        ah.fold(folder, ah.load(abc[0]), tmp_path / name, stochastic=seed)
+        ah.fold(folder, ah.load(abc[0]), tmp_path / name, rounding="stochastic", seed=seed)
     x, y, z = (digests(tmp_path / name)["model.safetensors"] for name in "xyz")
     assert x == y != z
+    files = base(tmp_path / "files", torch.bfloat16, 3)
+    ah.fold(files, ah.load(abc[0]), tmp_path / "w", rounding="stochastic", seed=0)
+    one, three = tensors_of(tmp_path / "x"), tensors_of(tmp_path / "w")
+    assert all(same_bits(one[name], three[name]) for name in one)
 
 
 def test_sizes_at_the_ends(dtype: torch.dtype) -> None:
@@ -254,15 +258,15 @@ def test_a_warning_if_much_is_lost(tmp_path: Path, adapter: Callable[..., Any], 
     W = draw(60, 50, std=0.02).to(torch.float32 if how == "float32" else torch.bfloat16)
     folder = write_model(tmp_path / "base", {"net.a.weight": W})
     part = write_lora(tmp_path / "a", {"net.a": (60, 50)}, rank=2, std=0.002, seed=5)
-    more = ["--stochastic", "1"] if how == "stochastic" else []
+    more = ["--rounding", "stochastic", "--rounding-seed", "1"] if how == "stochastic" else []
     done = adapter("merge", part, "--into", folder, "-o", tmp_path / "out", *more)
     assert done.code == 0, done
     if how == "nearest":
         lost = 1 - ah.fold(folder, ah.load(part), tmp_path / "again").retained.projection  # type: ignore[operator]
         assert lost > 0.1
-        assert f"warning: rounding loses {lost:.0%} of the change; --stochastic SEED" in done.err
+        assert f"warning: rounding loses {lost:.0%} of the change; --rounding stochastic" in done.err
     else:
         assert done.err == ""
     if how == "stochastic":
-        kept = ah.fold(folder, ah.load(part), tmp_path / "again", stochastic=1).retained.projection
+        kept = ah.fold(folder, ah.load(part), tmp_path / "again", rounding="stochastic", seed=1).retained.projection
         assert kept == pytest.approx(1, abs=0.5)

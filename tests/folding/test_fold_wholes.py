@@ -86,6 +86,18 @@ def test_equal_heads_are_no_question(tmp_path: Path) -> None:
     assert same_bits(tensors_of(tmp_path / "out")["head.weight"], draw(7, 9, seed=5))
 
 
+def test_an_adapter_of_weight_zero_brings_nothing_along(tmp_path: Path) -> None:
+    """As where adapters are merged: neither its head, nor a layer that the base does not have."""
+    a, b = with_head(tmp_path / "a"), with_head(tmp_path / "b", seed=8)
+    other = write_lora(tmp_path / "c", {"nobodys": (3, 3)})
+    ah.fold(base(tmp_path / "base"), ah.load(a) + 0 * ah.load(b) + 0 * ah.load(other), tmp_path / "out")
+    ah.fold(tmp_path / "base", ah.load(a), tmp_path / "want")
+    got, want = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "want")
+    assert all(same_bits(got[name], want[name]) for name in want)
+    with pytest.raises(ah.NotMergeable, match="all weights are zero"):
+        ah.fold(tmp_path / "base", 0 * ah.load(a), tmp_path / "none")
+
+
 def test_all_biases(tmp_path: Path) -> None:
     """bias="all": PEFT saves the values of every bias, those beside an adapter as base_layer.bias or without it."""
     part = write_adapter(tmp_path / "a", BERT, rank=3, alpha=6, seed=1, bias="all")

@@ -19,6 +19,7 @@ from toy import fill, llama, logits, tokens
 
 import adapterhub_lite as ah
 from adapterhub_lite import compose
+from adapterhub_lite.registry import registry
 
 F = Callable[[Tensor, Tensor], Tensor]
 
@@ -384,7 +385,7 @@ def test_removing_an_adapter_takes_it_out_of_what_is_on() -> None:
 @quickly
 @given(trees("abcde"))
 def test_a_tree_survives_json_and_means_the_same_reduced(tree: Any) -> None:
-    assert compose.from_plain(json.loads(json.dumps(compose.plain(tree)))) == tree
+    assert compose.from_plain(json.loads(json.dumps(compose.plain(tree))), registry().router) == tree
     here = [name for name in compose.names(tree) if name in "ace"]
     smaller = compose.reduced(tree, here)
     assert set(compose.names(smaller)) <= set(here)
@@ -397,7 +398,7 @@ def test_a_tree_survives_json_and_means_the_same_reduced(tree: Any) -> None:
 def test_routes_and_gates_survive_json() -> None:
     gate = ah.Gate("g", per="token", outputs=2)
     tree = ah.route(gate, "a", ah.Gate("h", reads="output") * (ah.use("b") - ah.use("c")))
-    assert compose.from_plain(json.loads(json.dumps(compose.plain(tree)))) == tree
+    assert compose.from_plain(json.loads(json.dumps(compose.plain(tree))), registry().router) == tree
     assert compose.gates(tree) == (gate, ah.Gate("h", reads="output"))
     assert compose.names(tree) == ("a", "b", "c")
 
@@ -467,7 +468,7 @@ def test_a_tree_that_means_nothing_cannot_be_built(make: Callable[[], object], w
 )
 def test_json_that_is_no_tree_is_refused(value: Any) -> None:
     with pytest.raises(ah.ConfigError):
-        compose.from_plain(value)
+        compose.from_plain(value, registry().router)
 
 
 def test_json_without_end_is_refused() -> None:
@@ -475,4 +476,4 @@ def test_json_without_end_is_refused() -> None:
     for _ in range(500):
         value = {"kind": "chain", "of": [value]}
     with pytest.raises(ah.ConfigError, match="levels deep"):
-        compose.from_plain(value)
+        compose.from_plain(value, registry().router)
