@@ -8,7 +8,7 @@ At each layer a tree maps the layer's input x and an output v to another output;
     Mean        the same with 1/N
     Chain       fₙ(… f₁(v)), with the same x for all
     Route       v + Σ gᵢ(x) (fᵢ(v) − v), with weights from a trained gate, or a router, that add up to 1
-    Fuse        v + V Σ aᵢ (fᵢ(v) − v), attention from v over what the adapters add: AdapterFusion
+    Fuse        v + V Σ aᵢ uᵢ, attention from v over what the adapters add, uᵢ: AdapterFusion
     Rows        each row of a batch its own; the root alone can be this
 
 Nothing here imports torch: trees are made, read and written without a model.
@@ -186,7 +186,7 @@ class Route(Node):
 
 @dataclass(frozen=True)
 class Fuse(Node):
-    """v + V Σ aᵢ uᵢ, where uᵢ = fᵢ(v) − v and a is the softmax of (Q v + q) · K uᵢ: AdapterFusion.
+    """v + V Σ aᵢ uᵢ, where uᵢ is what each adds, and a the softmax of (Q v + q) · K uᵢ: AdapterFusion.
 
     Ways that add nothing at a layer are left out there. `adapters.add_fusion` makes it.
     """

@@ -190,6 +190,14 @@ class Method:
         y, b = site.add(self.delta(p, site), x, y), self.delta_bias(p, site)  # b: (out,)
         return y if b is None else site.add_bias(b, x, y)
 
+    def added(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """What it adds to the base's output y, which AdapterFusion weighs against what others add."""
+        return self.forward(p, x, y, site) - y
+
+    def joined(self, u: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """The layer's output with a u that was fused of what several adapters add."""
+        return y + u
+
     def merge(self, p: Params, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         """The weight (out, in) and bias (out,) of a plain layer that computes what `forward` does. Pure."""
         weight = weight + self.delta(p, site).dense().to(weight.dtype)

@@ -153,6 +153,8 @@ def _term(term: dict[str, Any], depth: int) -> str:
     match term:
         case {"adapter": str(name)}:
             return name
+        case {"rule": "pad", "of": of}:
+            return f"padded({_formula(of, depth + 1)})"
         case {"rule": "truncate", "of": of}:
             how = ", ".join(f"{key} {term[key]}" for key in ("rank", "max_error", "budget") if key in term)
             return f"truncated({_formula(of, depth + 1)}; {how})"

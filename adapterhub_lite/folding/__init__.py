@@ -10,16 +10,16 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ..base_model import BaseModel
 from ..checkpoint import sha256
-from ..errors import AdapterError, ConfigError, FileError, nearest, os_error
+from ..errors import AdapterError, ConfigError, FileError, NotMergeable, nearest, os_error
 from ..hub import snapshot
 from ..staging import staged, unfinished
 from . import manifest
@@ -87,12 +87,17 @@ def fold(
         plan = planned(model, adapter, weights=weights, any_base=any_base, keep=keep)
         drawn = seed if rounding == "stochastic" else None
         journal = Journal(folder, {**plan.work(drawn), "link": link})
-        _clear(folder, journal)
+        _clear(folder, {name for name in journal.names if (folder / name).is_file()})
         _check_space(folder, plan, journal, link)
         journal.begin()
         run = _Run(plan, folder, journal, link=link, seed=drawn, any_base=any_base, progress=progress)
-        result = run.on(executor)
+        try:
+            result = run.on(executor)
+        except NotMergeable:
+            journal.remove()  # the same work would fail again
+            raise
         manifest.write(result, folder)
+        _clear(folder, {manifest.NAME, JOURNAL, *(PurePosixPath(name).parts[0] for name in result.files)})
         journal.remove()  # last: until then, what is done is kept if the disk is full
     return result
 
@@ -298,10 +303,10 @@ def _refuse_same(out: Path, base: Path) -> None:
         raise FileError("has the base in it, which would be replaced too", where=out, fix="choose another -o")
 
 
-def _clear(folder: Path, journal: Journal) -> None:
-    """Leave in the folder what the journal says is done, and nothing else."""
+def _clear(folder: Path, names: Set[str]) -> None:
+    """Leave nothing else in the folder: not what a dead run had begun, nor what a worker of one wrote later."""
     for path in list(folder.iterdir()):
-        if path.name not in journal.names or path.is_symlink() or not path.is_file():
+        if path.name not in names or path.is_symlink():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

@@ -81,13 +81,19 @@ class Routed(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """v + V Σ aᵢ (fᵢ(v) − v); ways that lead through nothing are left out."""
+    """v + V Σ aᵢ uᵢ, uᵢ what the way i adds to v; ways that lead through nothing are left out."""
 
     gate: Fusion
     ways: tuple[Program, ...]
+    joins: Part | None  # whose method says what comes behind, if one does: the last
 
     def run(self, call: Call, v: Tensor) -> Tensor:
-        return v + self.gate.fused(v, [own.run(call, v) - v for own in self.ways])
+        adds = [
+            own.part.added(call.x, v) if isinstance(own, Leaf) and not own.calls else own.run(call, v) - v
+            for own in self.ways
+        ]
+        u = self.gate.fused(v, adds)
+        return v + u if self.joins is None else self.joins.joined(u, call.x, v)
 
 
 Program: TypeAlias = "Leaf | Added | Chained | Routed | Fused | Batch"
@@ -105,8 +111,10 @@ def program(node: compose.Node, parts: Mapping[str, Part], gates: Mapping[str, G
         ways = ((i, own) for i, own in enumerate(node.of) if not isinstance(own, compose.Base))
         return Routed(gates[node.gate.name], tuple((i, program(own, parts, gates)) for i, own in ways))
     if isinstance(node, compose.Fuse):
-        own_ways = (program(own, parts, gates) for own in node.of if not isinstance(own, compose.Base))
-        return Fused(cast("Fusion", gates[node.gate.name]), tuple(own_ways))
+        fused = tuple(program(own, parts, gates) for own in node.of if not isinstance(own, compose.Base))
+        leaves = (own.part for own in reversed(fused) if isinstance(own, Leaf) and not own.calls)
+        joins = next((part for part in leaves if part.method.defines("joined")), None)
+        return Fused(cast("Fusion", gates[node.gate.name]), fused, joins)
     return Chained(tuple(program(own, parts, gates) for own in compose.children(node)))
 
 

@@ -84,6 +84,20 @@ class Part(nn.Module):
             x, y = x.to(dtype) if x.is_floating_point() else x, y.to(dtype)
         return self.method.forward(p, x, y, self.site)
 
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """What it adds to y, to be fused with what others do; in the adapter's dtype."""
+        x, y = self._cast(x, y)
+        return self.method.added(self.params(), x, y, self.site)
+
+    def joined(self, u: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output with u added."""
+        x, y = self._cast(x, y)
+        return self.method.joined(u.to(y.dtype), x, y, self.site)
+
+    def _cast(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = y.dtype if self.lead is None else self.get_parameter(self.lead).dtype
+        return x.to(dtype) if x.is_floating_point() else x, y.to(dtype)
+
 
 class Common(nn.Module):
     """The frozen tensors that all parts of one adapter share."""

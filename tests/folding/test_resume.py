@@ -218,3 +218,32 @@ def test_the_command_goes_on(left: Path, adapter: Command, computed: list[str]) 
     assert re.match("wrote out: 4 layers changed, 6 files", told.out), told
     assert set(computed) == SHARDS - set(done)
     assert as_whole(left.parent)
+
+
+def test_adapters_in_memory_are_never_taken_for_others(left: Path, computed: list[str]) -> None:
+    """Their recipe tells no digest, so what a run with one left is nobody's."""
+    work = folding.planned(folding.BaseModel.open("base"), ah.load("a")).work(None)
+    assert work == folding.planned(folding.BaseModel.open("base"), ah.load("a")).work(None)
+    site = ah.load("a").terms[0][1].site(next(iter(ah.load("a").sites)))
+    own = ah.load("a").terms[0][1].saved(site.name)
+    held = ah.Adapter.of(ah.load("a").terms[0][1].own.method, {site.name: site}, {site.name: own})
+    plans = [folding.planned(folding.BaseModel.open("base"), held, any_base=True).work(None) for _ in range(2)]
+    assert plans[0] != plans[1]
+
+
+def test_what_a_worker_of_a_dead_run_writes_later_is_left_out(left: Path) -> None:
+    def progress(done: int, total: int) -> None:
+        (left / ".model-0.safetensors.0123abcd").write_bytes(b"late")
+
+    fold(progress=progress)
+    assert as_whole(left.parent)
+
+
+def test_what_would_fail_again_is_not_kept(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(job: Any) -> Any:
+        raise ah.NotMergeable("no")
+
+    monkeypatch.setattr(folding, "fold_shard", refuses)
+    with pytest.raises(ah.NotMergeable, match=r"^no$"):
+        fold(resume=True)
+    assert not left.exists()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapterhub_lite_plugins.methods.bottleneck import Bottleneck
 from test_composition import close, inputs, net, output
 from torch import Tensor, nn
 from toy import base_bits, bits, llama, logits, tokens
@@ -75,6 +76,37 @@ def test_fusion_is_its_formula_and_so_are_its_gradients() -> None:
     plainly(model)(input_ids=ids, labels=ids).loss.backward()
     for key, grad in mine.items():
         torch.testing.assert_close(grad, model.get_parameter(key).grad, rtol=1e-5, atol=1e-8)
+
+
+def test_around_a_norm_it_is_in_front_of_the_norm() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)).double()
+    nn.init.normal_(model[1].bias)
+    adapters = ah.adapt(model)
+    for i, name in enumerate("ab"):
+        adapters.add(name, Bottleneck.pfeiffer(bottleneck_size=3 + i), "1", seed=i)
+    adapters.activate(adapters.add_fusion("f", ["a", "b"]))
+    rng = torch.Generator().manual_seed(0)
+    for key, p in model.named_parameters():
+        if ".adapters." in key:
+            p.data += 0.3 * torch.randn(p.shape, generator=rng).double()
+    x = torch.randn(2, 5, 6, generator=rng).double()
+    with torch.no_grad():
+        inner = nn.functional.linear(x, model[0].weight, model[0].bias)
+
+        def norm(h: Tensor) -> Tensor:
+            h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, correction=0) + model[1].eps).sqrt()
+            return h * model[1].weight + model[1].bias
+
+        h, own = norm(inner), model[1].adapters
+        u = []
+        for part in (own.a, own.b):
+            p = dict(part.named_parameters())
+            u.append(torch.relu(h @ p["down"].T + p["down_bias"]) @ p["up"].T + p["up_bias"])
+        scores = torch.stack([((h @ own.f.Q.T + own.f.q) * (t @ own.f.K.T)).sum(-1) for t in u], -1).softmax(-1)
+        want = norm(inner + sum(scores[..., i : i + 1] * (t @ own.f.V.T) for i, t in enumerate(u)))
+    close(output(model, x), want)
 
 
 def test_a_fresh_one_is_nearly_the_mean_and_one_way_is_itself() -> None:

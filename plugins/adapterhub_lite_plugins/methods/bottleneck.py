@@ -150,8 +150,13 @@ class Bottleneck(Method):
         return shapes
 
     def forward(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return self.joined(self.added(p, x, y, site), x, y, site)
+
+    def added(self, p: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
         self._check_widths(p, x, y, site)
-        u = self._net(p, x if self.placement == "parallel" else y, site)
+        return self._net(p, x if self.placement == "parallel" else y, site)
+
+    def joined(self, u: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
         if not self.around_norm:
             return y + u
         assert site.module is not None
