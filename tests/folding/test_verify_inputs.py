@@ -223,7 +223,7 @@ def test_recipes(how: str, folded: Path, tmp_path: Path) -> None:
     if how == "stochastic":
         options = {"rounding": "stochastic", "seed": 5}
     elif how == "at":
-        options = {"weights": [{"*.q": [0.1, 2], "net.*": 3}, 1]}
+        options = {"weights": [{"net.q": [0.1, 2], "*": 3}, 1]}  # the first that matches: sorted, it would be *
     elif how == "truncated":
         value = (a + b).truncate(rank=2) + 0.5 * b.truncate(max_error=0.5)
     elif how == "ties":
