@@ -13,7 +13,7 @@ from ..adapter import Adapter
 from ..base_model import BaseModel
 from ..checkpoint import Checkpoint, check_finite, sha256
 from ..combine import labelled
-from ..errors import ConfigError, FileError, NotMergeable
+from ..errors import ConfigError, FileError, NotMergeable, os_error
 from ..hub import snapshot
 from ..per_site import Weight
 from ..source import stored
@@ -188,7 +188,10 @@ class _Model:
     def _digests(self) -> int:
         """How many bytes were read; `FileError` for a file that has another digest."""
         names = sorted(self.files)
-        sizes = {name: (self.folder / name).stat().st_size for name in names}
+        try:
+            sizes = {name: (self.folder / name).stat().st_size for name in names}
+        except OSError as error:  # a link that leads nowhere
+            raise os_error(error, self.folder) from None
         total, done = sum(sizes.values()), 0
         pool = ThreadPoolExecutor(AT_ONCE)
         try:
@@ -292,7 +295,11 @@ def _checked_recipe(recipe: Mapping[str, Any], where: Path) -> Mapping[str, Any]
 
 def _walk(folder: Path, inner: PurePosixPath) -> Iterator[PurePosixPath]:
     """Files below, by their relative paths; of a folder that is a link, the link."""
-    for entry in sorted(os.scandir(folder / inner), key=lambda entry: entry.name):
+    try:
+        entries = sorted(os.scandir(folder / inner), key=lambda entry: entry.name)
+    except OSError as error:
+        raise os_error(error, folder / inner) from None
+    for entry in entries:
         path = inner / entry.name
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(folder, path) if not entry.name.startswith(".") else (path,)

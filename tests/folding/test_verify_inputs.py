@@ -102,6 +102,14 @@ def test_hidden_files_are_said_to_be_unchecked(here: Path) -> None:
     assert ah.verify(here / "out").unchecked[0] == "hidden files: .cache, .gitattributes"
 
 
+def test_a_link_that_leads_nowhere(here: Path, adapter: Callable[..., Any]) -> None:
+    (here / "out/config.json").unlink()
+    (here / "out/config.json").symlink_to(here / "nowhere")
+    adapter("verify", here / "out").refused("config.json")
+    with pytest.raises(ah.FileError):
+        ah.verify(here / "out")
+
+
 # A manifest that was corrected ------------------------------------------------------------------------
 
 
