@@ -73,6 +73,8 @@ def test_a_fold_into_a_model_of_the_cache(cache: Path, handmade: Handmade, adapt
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["net.layers.0.q.weight"], expected)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert adapter("merge", own, "--into", "my-org/base", "--dry-run").code == 0
+    done = adapter("verify", tmp_path / "out", "--base", "my-org/base@v1", "--adapters", own)
+    assert "91 of 91 changed numbers" in done.out
 
 
 @pytest.mark.parametrize("ref", ["my-org/other", "my-org/base@v2"])

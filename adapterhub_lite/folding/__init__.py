@@ -34,7 +34,6 @@ from .shards import Done, Job, Shard, fold_shard, lay_out
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..per_site import Weight
-    from ..site import Site
 
 MOST_THREADS = 8  # each has some 30 MB in work
 WRITING = 10.0  # seconds that a failed run waits for workers that cannot be called back
@@ -204,19 +203,13 @@ class _Run:
     def _jobs(self, threads: int) -> Callable[..., Job]:
         from .bases import check_base
         from .blocks import Rounding
-        from .kinds import settled, site_for
+        from .kinds import settled_all, site_for
 
         plan = self.plan
         sites = {name: site_for(layer, plan.sources) for name, layer in plan.layers.items()}
         if not self.any_base:
             check_base(plan, sites)
-        places: list[dict[str, Site]] = [{} for _ in plan.terms]
-        for name, layer in plan.layers.items():
-            for part in layer.parts:
-                places[part.term][part.site] = sites[name]
-        for source in plan.sources:
-            source.prepare()
-        terms = [settled(source, own) for source, own in zip(plan.sources, places, strict=True)]
+        terms = settled_all(plan, sites)
 
         def make(shard: Shard, local: bool) -> Job:
             own = {layer.name: sites[layer.name] for layer in shard.layers}

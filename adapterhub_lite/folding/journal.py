@@ -22,7 +22,7 @@ class Journal:
     def __init__(self, folder: Path, work: Mapping[str, Any]) -> None:
         """`work`: what is folded into what, and how; entries of other work count for nothing."""
         self.folder, self.path = folder, folder / NAME
-        self.key = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+        self.key = hashlib.sha256(json.dumps(work).encode()).hexdigest()  # of patterns the order decides
         self._whole = 0  # bytes of whole lines
         self._done = self._read()
 

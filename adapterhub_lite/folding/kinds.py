@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..errors import NotMergeable
 from ..format import SiteContents
@@ -13,6 +14,9 @@ from ..site import Site
 from ..site.linear import LinearSite
 from ..source import Single, Source
 from .places import Layer, gives_delta, other_shape
+
+if TYPE_CHECKING:
+    from .planning import Plan
 
 
 def site_for(layer: Layer, terms: Sequence[Source]) -> Site:
@@ -26,6 +30,17 @@ def site_for(layer: Layer, terms: Sequence[Source]) -> Site:
                 fix="merge adapters of one base model",
             )
     return kinds[0](layer.name, layer.weight.shape)
+
+
+def settled_all(plan: Plan, sites: Mapping[str, Site]) -> list[Source]:
+    """The plan's terms, ready to be computed with, at its `sites` by layer."""
+    places: list[dict[str, Site]] = [{} for _ in plan.terms]
+    for name, layer in plan.layers.items():
+        for part in layer.parts:
+            places[part.term][part.site] = sites[name]
+    for source in plan.sources:
+        source.prepare()
+    return [settled(source, own) for source, own in zip(plan.sources, places, strict=True)]
 
 
 def settled(source: Source, places: Mapping[str, Site]) -> Source:

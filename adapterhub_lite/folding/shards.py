@@ -117,7 +117,7 @@ class _Folding:
         from .blocks import Change, Kept
 
         kept: dict[str, Kept] = {}
-        pool = ThreadPoolExecutor(self.job.threads, initializer=_one_thread)
+        pool = ThreadPoolExecutor(self.job.threads, initializer=one_thread)
         waiting: deque[tuple[Change, list[Future[_Piece]]]] = deque()
 
         def finish() -> None:
@@ -190,7 +190,7 @@ def read_part(handle: int, info: TensorInfo, span: Span, site: Site) -> Tensor:
     shape, n = list(site.weight_shape), span.stop - span.start
     shape[0 if span.outputs != site.by_inputs else 1] = n
     part = torch.empty(shape, dtype=torch_dtype(info.dtype))
-    view, at = _bytes_of(part), 0
+    view, at = bytes_of(part), 0
     for start, stop in _runs(info, span, site):
         read_at(handle, view[at : at + stop - start], start, info.path)
         at += stop - start
@@ -198,13 +198,13 @@ def read_part(handle: int, info: TensorInfo, span: Span, site: Site) -> Tensor:
 
 
 def _write(handle: int, info: TensorInfo, part: Tensor, span: Span, site: Site) -> None:
-    view, at = _bytes_of(part), 0
+    view, at = bytes_of(part), 0
     for start, stop in _runs(info, span, site):
         write_at(handle, view[at : at + stop - start], start)
         at += stop - start
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     import torch
 
     data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -213,7 +213,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def _put_whole(whole: Whole, job: Job, handle: int) -> None:
     for at, part in pieces(whole, job.rounding):
-        write_at(handle, _bytes_of(part), at)
+        write_at(handle, bytes_of(part), at)
         job.step(part.nbytes)
 
 
@@ -239,10 +239,10 @@ def pieces(whole: Whole, rounding: Rounding) -> Iterator[tuple[int, Tensor]]:
 
 
 def _put(handle: int, info: TensorInfo, tensor: Tensor) -> None:
-    write_at(handle, _bytes_of(tensor.contiguous()), info.start)
+    write_at(handle, bytes_of(tensor.contiguous()), info.start)
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)

@@ -247,3 +247,9 @@ def test_what_would_fail_again_is_not_kept(left: Path, monkeypatch: pytest.Monke
     with pytest.raises(ah.NotMergeable, match=r"^no$"):
         fold(resume=True)
     assert not left.exists()
+
+
+def test_patterns_in_another_order_are_other_work(tmp_path: Path) -> None:
+    """The first that matches counts."""
+    one, two = ({"weight": dict.fromkeys(order, 1)} for order in (("*.q", "*"), ("*", "*.q")))
+    assert Journal(tmp_path, one).key != Journal(tmp_path, two).key
