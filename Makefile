@@ -16,12 +16,16 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Each process computes on one thread: the tests' matrices are small.
 unit: .venv/test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 bench: .venv/test
 	$(BIN)/python benchmarks/merge.py --peft
 	$(BIN)/python benchmarks/many.py
+	$(BIN)/python benchmarks/fold.py --peft
+	$(BIN)/python benchmarks/rules.py
+	$(BIN)/python benchmarks/batches.py
 	$(BIN)/python benchmarks/live.py
 	$(BIN)/python benchmarks/batches.py
 	$(BIN)/python benchmarks/activations.py

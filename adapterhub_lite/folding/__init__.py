@@ -166,9 +166,8 @@ class _Run:
             pool = ThreadPoolExecutor(at_once)
             make = self._jobs(threads=max(1, -(-workers // at_once)))
             running: dict[Future[Done], Shard] = {}
-            for shard, ready in zip(todo, laid, strict=True):
-                ready.result()
-                running[pool.submit(fold_shard, make(shard, local=True))] = shard
+            for shard, ready in zip(todo, laid, strict=True):  # one is done and noted while others are laid out
+                running[pool.submit(_when_laid_out, ready, make(shard, local=True))] = shard
             for future in as_completed(running):
                 finish(running[future], future.result())
             quiet = True
@@ -238,6 +237,11 @@ class _Run:
                 copied(model.folder / name, self.folder / name, self.step)
                 digests[name] = sha256(self.folder / name)
         return digests
+
+
+def _when_laid_out(ready: Future[None], job: Job) -> Done:
+    ready.result()
+    return fold_shard(job)
 
 
 def _outcome(future: Future[Done], shard: Shard) -> Done:

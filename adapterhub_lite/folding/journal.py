@@ -13,7 +13,7 @@ from ..checkpoint import sha256
 from ..errors import FileError
 from .copying import writing
 
-NAME = "journal.jsonl"
+NAME = ".journal.jsonl"  # hidden: no file of a base is called so, for hidden ones are not copied
 
 
 class Journal:

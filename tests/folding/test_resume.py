@@ -68,7 +68,7 @@ def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def noted(folder: Path) -> list[str]:
-    return [json.loads(line)["file"] for line in (folder / "journal.jsonl").read_text().splitlines()[1:]]
+    return [json.loads(line)["file"] for line in (folder / ".journal.jsonl").read_text().splitlines()[1:]]
 
 
 def as_whole(home: Path) -> bool:
@@ -127,7 +127,7 @@ def test_a_torn_line_is_no_entry_and_the_next_is_not_glued_to_it(
     left: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = noted(left)
-    with (left / "journal.jsonl").open("a") as file:
+    with (left / ".journal.jsonl").open("a") as file:
         file.write('{"file": "model-')
     remove = Journal.remove
     monkeypatch.setattr(Journal, "remove", lambda self: seen.append(noted(left)) or remove(self))
@@ -139,7 +139,7 @@ def test_a_torn_line_is_no_entry_and_the_next_is_not_glued_to_it(
 
 
 def test_a_last_line_that_is_torn_off_is_done_again(left: Path, computed: list[str]) -> None:
-    done, journal = noted(left), left / "journal.jsonl"
+    done, journal = noted(left), left / ".journal.jsonl"
     journal.write_bytes(journal.read_bytes()[:-5])
     fold(resume=True)
     assert set(computed) == SHARDS - {done[0]}
@@ -148,7 +148,7 @@ def test_a_last_line_that_is_torn_off_is_done_again(left: Path, computed: list[s
 
 @pytest.mark.parametrize("text", ["", "{}", "\n\n", "null\n", '{"work": "other"}\n', "\x00" * 99, "[1]\n{}\n"])
 def test_a_journal_that_is_none_counts_for_nothing(left: Path, computed: list[str], text: str) -> None:
-    (left / "journal.jsonl").write_text(text)
+    (left / ".journal.jsonl").write_text(text)
     fold(resume=True)
     assert set(computed) == SHARDS
     assert as_whole(left.parent)
