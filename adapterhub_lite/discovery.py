@@ -159,6 +159,7 @@ _MACHINERY = (
     str(Path(__file__).with_name("registry.py")),
     *(f"{package}{os.sep}" for package in _PACKAGES),
 )
+_BACKPORT = f"{os.sep}importlib_metadata{os.sep}"  # where it was imported, its finders are in the place of importlib's
 
 
 def one_line(error: BaseException) -> str:
@@ -169,7 +170,7 @@ def one_line(error: BaseException) -> str:
     traceback = error.__traceback__
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename
-        if not file.startswith(_MACHINERY):
+        if not file.startswith(_MACHINERY) and _BACKPORT not in file:
             place = f" ({file}:{traceback.tb_lineno})"
         traceback = traceback.tb_next
     try:
