@@ -25,7 +25,6 @@ bench: .venv/test
 	$(BIN)/python benchmarks/many.py
 	$(BIN)/python benchmarks/fold.py --peft
 	$(BIN)/python benchmarks/rules.py
-	$(BIN)/python benchmarks/batches.py
 	$(BIN)/python benchmarks/live.py
 	$(BIN)/python benchmarks/batches.py
 	$(BIN)/python benchmarks/activations.py

@@ -14,6 +14,7 @@ from ..adapter import Adapter
 from ..errors import ConfigError, nearest
 from ..registry import registry
 from ..source import stored
+from .cuts import refuse_two
 from .rule_options import rule_of
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ def of_words(
     into: Mapping[str, Any],
 ) -> Asked:
     """As the command line says it."""
-    if sum(x is not None for x in cuts.values()) > 1:
-        raise click.UsageError("--rank, --max-error and --budget exclude each other")
+    refuse_two(cuts)
     if weights is not None and len(weights) != len(refs):
         raise click.UsageError(f"{len(weights)} weights for {len(refs)} adapters: give one for each")
     chosen = usage(lambda: rule_of(rule, given))

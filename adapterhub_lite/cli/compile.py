@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from .cuts import cut_options, refuse_two
 from .merge import errors, parse_dtype, report, summary
-from .output import Size, print_json, progress
+from .output import print_json, progress
 
 
 @click.command()
 @click.argument("ref", metavar="COMPOSITION", type=click.Path(path_type=Path))
 @click.option("-o", "--out", metavar="OUT", required=True, type=click.Path(path_type=Path), help="The folder to write.")
-@click.option("--rank", type=click.IntRange(min=1), help="Truncate to this rank at every site, optimally.")
-@click.option(
-    "--max-error",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Truncate to the smallest adapter with at most this relative error, rounding included.",
-)
-@click.option("--budget", type=Size(), help="Truncate to the nearest adapter of at most this size, say 80MB.")
+@cut_options("Truncate to this rank at every site, optimally.")
 @click.option(
     "--dtype", callback=parse_dtype, help="float32, float16, bfloat16 or float64. Default: the widest input's."
 )
@@ -49,12 +45,12 @@ def compile(
     \b
     adapter compile both -o served --rank 16
     """
-    if sum(x is not None for x in (rank, max_error, budget)) > 1:
-        raise click.UsageError("--rank, --max-error and --budget exclude each other")
+    ask: dict[str, Any] = {"rank": rank, "max_error": max_error, "budget": budget}
+    refuse_two(ask)
     from ..live.folder import lower
 
     lowered, weights = lower(ref)
-    cut = lowered.cut(rank=rank, max_error=max_error, budget=budget, dtype=dtype)
+    cut = lowered.cut(**ask, dtype=dtype)
     with progress("compiling", quiet) as step:
         planned, error = cut.write(out, dtype=dtype, force=force, progress=step)
     if as_json:

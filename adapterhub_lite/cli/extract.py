@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import printable
+from .cuts import cut_options, refuse_two
 from .merge import WORST, errors, parse_dtype, report, summary
-from .output import Size, print_json, progress, table
+from .output import print_json, progress, table
 
 if TYPE_CHECKING:
     from ..difference import Difference, Left
@@ -31,13 +32,7 @@ def parse_names(ctx: click.Context, param: click.Parameter, value: tuple[str, ..
 @click.argument("base", metavar="BASE")
 @click.argument("tuned", metavar="TUNED")
 @click.option("-o", "--out", metavar="OUT", type=click.Path(path_type=Path), help="The folder to write.")
-@click.option("--rank", type=click.IntRange(min=1), help="This rank at every layer. Default: 16.")
-@click.option(
-    "--max-error",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="The smallest adapter with at most this relative error, rounding included.",
-)
-@click.option("--budget", type=Size(), help="The nearest adapter of at most this size, say 80MB.")
+@cut_options("This rank at every layer. Default: 16.", "The")
 @click.option("--targets", multiple=True, callback=parse_names, help=f"Only these layers. {SEVERAL}")
 @click.option("--exclude", multiple=True, callback=parse_names, help=f"Not these. {SEVERAL}")
 @click.option("--dtype", callback=parse_dtype, help="float32, float16, bfloat16 or float64. Default: the base's.")
@@ -73,13 +68,12 @@ def extract(
     """
     if out is None and not dry_run:
         raise click.UsageError("no output: give -o OUT, or --dry-run to see the plan")
-    if sum(x is not None for x in (rank, max_error, budget)) > 1:
-        raise click.UsageError("--rank, --max-error and --budget exclude each other")
+    ask: dict[str, Any] = {"rank": rank, "max_error": max_error, "budget": budget}
+    refuse_two(ask)
     from .. import extraction
 
     spoken = rank is max_error is budget is None and not quiet
     start = time.monotonic()
-    ask: dict[str, Any] = {"rank": rank, "max_error": max_error, "budget": budget}
     with progress("comparing", quiet) as step:
         found = extraction.difference(base, tuned, targets=targets, exclude=exclude, progress=step)
     if spoken:

@@ -18,8 +18,9 @@ from ..checkpoint import ITEMSIZE
 from ..errors import NotMergeable, nearest, printable
 from ..estimate import estimate
 from .asked import DTYPES, Asked, numbers, of_recipe, of_words, refuse_beside_recipe
+from .cuts import cut_options
 from .into import into_options, merge_into, refuse_alone, taken
-from .output import Size, print_json, progress, size, table
+from .output import print_json, progress, size, table
 from .rule_options import WithRule
 
 if TYPE_CHECKING:
@@ -95,13 +96,7 @@ def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -
     "-o", "--out", metavar="OUT", required=False, type=click.Path(path_type=Path), help="The folder to write."
 )
 @click.option("--rule", metavar="NAME", help="How to merge, with options of its own: `adapter rules` lists them.")
-@click.option("--rank", type=click.IntRange(min=1), help="Truncate to this rank at every site, optimally.")
-@click.option(
-    "--max-error",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Truncate to the smallest adapter with at most this relative error, rounding included.",
-)
-@click.option("--budget", type=Size(), help="Truncate to the nearest adapter of at most this size, say 80MB.")
+@cut_options("Truncate to this rank at every site, optimally.")
 @click.option(
     "--dtype", callback=parse_dtype, help="float32, float16, bfloat16 or float64. Default: the widest input's."
 )

@@ -7,20 +7,14 @@ from typing import Any
 
 import click
 
+from .cuts import cut_options
 from .merge import merge, parse_dtype
-from .output import Size
 
 
 @click.command()
 @click.argument("ref")
 @click.option("-o", "--out", metavar="OUT", type=click.Path(path_type=Path), help="The folder to write.")
-@click.option("--rank", type=click.IntRange(min=1), help="At most this rank at every site.")
-@click.option(
-    "--max-error",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="The smallest adapter with at most this relative error, rounding included.",
-)
-@click.option("--budget", type=Size(), help="The nearest adapter of at most this size, say 80MB.")
+@cut_options("At most this rank at every site.", "The")
 @click.option("--dtype", callback=parse_dtype, help="float32, float16, bfloat16 or float64. Default: as it is.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, from the headers, and stop.")
 @click.option("--force", is_flag=True, help="Replace the adapter at OUT.")
