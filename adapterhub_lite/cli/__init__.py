@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -93,6 +94,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if code == INTERRUPTED:  # at once: a thread that the interrupt left without its lock would be waited for
         sys.stderr.flush()
         os._exit(code)
+    gc.freeze()  # else the interpreter, as it ends, looks through all that torch has made: half a second
     sys.exit(code)
 
 

@@ -14,13 +14,14 @@ from ..checkpoint import check_finite, is_finite
 from ..delta import LowRank
 from ..errors import NotMergeable
 from ..protocol import Method, Params
+from ..scratch import fresh
 from ..seed import generator
 from ..site import Site
 from ..source import Single, Source
 from .places import Layer, gives_delta, no_bias
 
-BLOCK = 1 << 17  # numbers of a weight in work at once: the random numbers of stochastic rounding depend on it too
-EVERY = 16  # blocks, of which one is measured
+BLOCK = 1 << 19  # numbers of a weight in work at once: the random numbers of stochastic rounding depend on it too
+MEASURED = 1 << 15  # of these, the first
 
 
 class Span(NamedTuple):
@@ -29,7 +30,6 @@ class Span(NamedTuple):
     start: int
     stop: int
     outputs: bool
-    number: int = 0  # which of the layer's it is
 
 
 class Kept(NamedTuple):
@@ -51,9 +51,9 @@ class Rounding(NamedTuple):
 
     seed: int | None = None
 
-    def __call__(self, x: Tensor, dtype: torch.dtype, name: str, span: Span) -> Tensor:
+    def __call__(self, x: Tensor, dtype: torch.dtype, name: str, span: Span, memory: rounding.Memory = fresh) -> Tensor:
         if self.seed is None:
-            return rounding.nearest(x, dtype)
+            return rounding.nearest(x, dtype, memory)
         return rounding.stochastic(x, dtype, generator(self.seed, f"{name}:{span.start}"))
 
 
@@ -93,13 +93,15 @@ class Change:
             yield Span(0, whole, outputs)
             return
         step = max(1, BLOCK // max(other, 1))
-        yield from (Span(at, min(at + step, whole), outputs, i) for i, at in enumerate(range(0, whole, step)))
+        yield from (Span(at, min(at + step, whole), outputs) for at in range(0, whole, step))
 
     def merged(self, W: Tensor, b: Tensor | None, span: Span) -> tuple[Tensor, Tensor | None]:
-        """W merged and Δb at these rows or columns of W, a float64 matrix; b: of these outputs."""
+        """W merged and Δb at these rows or columns of W, a float64 matrix that is written over; b: of these outputs."""
         here = slice(span.start, span.stop)
         rows, columns = (here, slice(None)) if span.outputs else (slice(None), here)
-        new = W if self.B is None or self.A is None else torch.addmm(W, self.B[rows], self.A[:, columns])
+        new = W
+        if self.B is not None and self.A is not None:
+            new = torch.addmm(W, self.B[rows], self.A[:, columns], out=None if self.merges else W)
         for dense in self.others:
             new = new + dense[rows, columns]
         db = None if self.db is None or not span.outputs else self.db[here]
@@ -118,16 +120,22 @@ class Change:
                 db = change if db is None else db + change
         return new, db
 
-    def block(self, stored: Tensor, span: Span, rounded: Rounding) -> tuple[Tensor, Tensor | None, Kept]:
+    def block(
+        self, stored: Tensor, span: Span, rounded: Rounding, memory: rounding.Memory = fresh
+    ) -> tuple[Tensor, Tensor | None, Kept]:
         """The stored form of some rows or columns, merged; the change of the bias there; what rounding left of ΔW.
 
-        The latter is measured in one of every EVERY blocks.
+        The latter is measured in the first rows alone. The first lies in `memory`.
         """
         own = self.site.narrow(span.stop - span.start) if span.outputs else self.site
-        W = (own.unfold(stored) if span.outputs else stored.mT).double()  # (out, in), either a part of it
+
+        def matrix(x: Tensor) -> Tensor:  # (out, in), either a part of it
+            return own.unfold(x) if span.outputs else x.mT
+
+        W = matrix(memory("weight", stored.shape, torch.float64).copy_(stored))
         b = self.b[span.start : span.stop] if self.b is not None and span.outputs else None
         new, db = self.merged(W, b, span)
-        merged = rounded(new, stored.dtype, self.layer.weight.name, span)
+        merged = rounded(new, stored.dtype, self.layer.weight.name, span, memory)
         if not is_finite(merged):
             if not is_finite(stored):
                 check_finite(self.layer.weight.read(), self.layer.weight, fix="download the model again")
@@ -135,7 +143,8 @@ class Change:
                 f"the merged weight of {self.layer.name!r} does not fit {self.layer.weight.dtype}",
                 fix="look for a weight or an alpha that is too large",
             )
-        kept = Kept() if span.number % EVERY else _kept(W, new, merged)
+        some = slice(-(-MEASURED // max(new.shape[1], 1)))
+        kept = _kept(matrix(stored)[some].double(), new[some], merged[some])
         back = own.fold(merged) if span.outputs else merged.mT
         return back.contiguous(), db, kept
 

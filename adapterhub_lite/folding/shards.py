@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from .places import Layer, no_bias
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..rounding import Memory
     from ..site import Site
     from .blocks import Change, Kept, Rounding, Span
 
@@ -114,13 +116,13 @@ class _Folding:
     """Computes the layers of one shard, each in spans, on threads of its own."""
 
     def __init__(self, job: Job, new: int) -> None:
-        self.job, self.new = job, new
+        self.job, self.new, self.own = job, new, threading.local()
 
     def run(self) -> dict[str, Kept]:
         from .blocks import Change, Kept
 
         kept: dict[str, Kept] = {}
-        pool = ThreadPoolExecutor(self.job.threads, initializer=one_thread)
+        pool = ThreadPoolExecutor(self.job.threads, initializer=self._begin)
         waiting: deque[tuple[Change, list[Future[_Piece]]]] = deque()
 
         def finish() -> None:
@@ -143,11 +145,17 @@ class _Folding:
             pool.shutdown(cancel_futures=True)
         return kept
 
+    def _begin(self) -> None:
+        from ..scratch import Scratch
+
+        one_thread()
+        self.own.memory = Scratch()
+
     def _one(self, change: Change, span: Span) -> _Piece:
-        info = change.layer.weight
+        info, memory = change.layer.weight, self.own.memory
         with reading(info.path) as old:
-            stored = read_part(old, info, span, change.site)
-        new, db, kept = change.block(stored, span, self.job.rounding)
+            stored = read_part(old, info, span, change.site, memory)
+        new, db, kept = change.block(stored, span, self.job.rounding, memory)
         if self.job.shard.has(info):
             _write(self.new, info, new, span, change.site)
             self.job.step(new.nbytes)
@@ -186,13 +194,13 @@ def _runs(info: TensorInfo, span: Span, site: Site) -> Iterator[tuple[int, int]]
         yield at + span.start * size, at + span.stop * size
 
 
-def read_part(handle: int, info: TensorInfo, span: Span, site: Site) -> Tensor:
+def read_part(handle: int, info: TensorInfo, span: Span, site: Site, memory: Memory | None = None) -> Tensor:
     """The part of a weight, as it is stored."""
-    import torch
+    from ..scratch import fresh
 
     shape, n = list(site.weight_shape), span.stop - span.start
     shape[0 if span.outputs != site.by_inputs else 1] = n
-    part = torch.empty(shape, dtype=torch_dtype(info.dtype))
+    part = (memory or fresh)("stored", shape, torch_dtype(info.dtype))
     view, at = bytes_of(part), 0
     for start, stop in _runs(info, span, site):
         read_at(handle, view[at : at + stop - start], start, info.path)
