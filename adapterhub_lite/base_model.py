@@ -17,6 +17,7 @@ from .checkpoint import Checkpoint, TensorInfo, damaged, shown, unpickle
 from .errors import FileError, nearest
 
 CONFIG = "config.json"
+MODULES = "modules.json"  # of sentence-transformers
 INDEX = ".safetensors.index.json"
 MAX_JSON = 100_000_000  # bytes of an index or a config
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -71,7 +72,8 @@ class BaseModel:
                 raise damaged(f"tensor {shown(lacking[0])} is in the index {index!r} and not here", folder / name)
         ours = {PurePosixPath(name) for name in (*shards, *([index] if index else []))}
         rest = [path for path in files if path not in ours]
-        left = tuple(path for path in rest if _holds_weights(path))
+        parts = _parts(folder)
+        left = tuple(path for path in rest if _holds_weights(path) and not _of_a_part(path, parts))
         return cls(folder, shards, index, tensors, tuple(path for path in rest if path not in left), left)
 
     @cached_property
@@ -99,6 +101,20 @@ def _files(folder: Path) -> list[PurePosixPath]:
 
 def _holds_weights(path: PurePosixPath) -> bool:
     return path.suffix.lower() in WEIGHTS or path.name.endswith(".index.json")
+
+
+def _parts(folder: Path) -> set[str]:
+    """Folders of modules behind the model, a sentence-transformers' dense layer for one: not the same weights again."""
+    try:
+        listed = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return set()  # no file of that name, or one of something else
+    entries = listed if isinstance(listed, list) else []
+    return {str(own["path"]) for own in entries if isinstance(own, dict) and own.get("path")}
+
+
+def _of_a_part(path: PurePosixPath, parts: set[str]) -> bool:
+    return path.suffix == ".safetensors" and any(str(parent) in parts for parent in path.parents)
 
 
 def _weights(folder: Path, files: list[PurePosixPath]) -> tuple[str | None, dict[str, set[str] | None]]:

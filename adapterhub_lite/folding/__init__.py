@@ -23,7 +23,7 @@ from ..errors import AdapterError, ConfigError, FileError, NotMergeable, nearest
 from ..hub import snapshot
 from ..staging import staged, unfinished
 from . import manifest
-from .copying import copied, linked
+from .copying import copied
 from .journal import NAME as JOURNAL
 from .journal import Journal, begun
 from .manifest import Folded as Folded
@@ -212,18 +212,13 @@ class _Run:
 
         def make(shard: Shard, local: bool) -> Job:
             own = {layer.name: sites[layer.name] for layer in shard.layers}
-            job = Job(shard, self._part(shard), terms, own, Rounding(self.seed), threads)
+            job = Job(shard, self._part(shard), terms, own, Rounding(self.seed), threads, self.link)
             return replace(job, laid_out=True, step=self.step) if local else job
 
         return make
 
     def _lay_out(self, shard: Shard) -> None:
-        target = self._part(shard)
-        if self.link and not shard.touched:
-            linked(shard.checkpoint.path, target)
-            self.step(target.stat().st_size)
-        else:
-            lay_out(shard, target, self.step)
+        lay_out(shard, self._part(shard), self.link, self.step)
 
     def _part(self, shard: Shard) -> Path:
         return self.folder / f".{shard.name}.{self.run_id}"

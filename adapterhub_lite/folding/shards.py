@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..checkpoint import ITEMSIZE, Checkpoint, TensorInfo, is_finite, sha256, torch_dtype
 from ..errors import NotMergeable
 from ..source import Source, read
-from .copying import Step, copy_range, no_step, read_at, reading, reserve, write_at, writing
+from .copying import Step, copy_range, linked, no_step, read_at, reading, reserve, write_at, writing
 from .places import Layer, no_bias
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class Job:
     sites: Mapping[str, Site]  # by layer
     rounding: Rounding
     threads: int
+    link: bool = False
     laid_out: bool = False
     step: Step = no_step
 
@@ -84,9 +85,16 @@ class Done(NamedTuple):
     kept: dict[str, Kept]  # by layer, of those whose weight is here
 
 
-def lay_out(shard: Shard, target: Path, step: Step = no_step) -> None:
-    """Make the copy's file, with room for all of it, and copy the bytes that stay, those of the header too."""
+def lay_out(shard: Shard, target: Path, link: bool = False, step: Step = no_step) -> None:
+    """Make the copy's file, with room for all of it, and copy the bytes that stay, those of the header too.
+
+    With `link`, a file of which all bytes stay is another name of the base's.
+    """
     source = shard.checkpoint.path
+    if link and not shard.touched:
+        linked(source, target)
+        step(target.stat().st_size)
+        return
     with reading(source) as old, writing(target) as new:
         size = os.fstat(old).st_size
         reserve(new, size)
@@ -101,7 +109,7 @@ def lay_out(shard: Shard, target: Path, step: Step = no_step) -> None:
 def fold_shard(job: Job) -> Done:
     """Do it, put the file on the disk, and tell its SHA-256."""
     if not job.laid_out:
-        lay_out(job.shard, job.target, job.step)
+        lay_out(job.shard, job.target, job.link, job.step)
     if not job.shard.touched:  # a link to the base's own file, maybe, which nobody writes to
         return Done(sha256(job.target), {})
     with writing(job.target, new=False) as new:

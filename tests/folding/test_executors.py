@@ -16,6 +16,7 @@ from small_fold import tree, write_all
 import adapterhub_lite as ah
 from adapterhub_lite import folding
 from adapterhub_lite.errors import AdapterError, FileError
+from adapterhub_lite.folding.shards import fold_shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -148,6 +149,25 @@ def test_a_worker_that_dies(home: Path) -> None:
     with processes() as pool, pytest.raises(AdapterError, match="a worker failed: BrokenProcessPool"):
         fold(home, "old", force=True, executor=Failing(die, pool))
     assert tree(home / "old") == before
+    assert beside(home) == set()
+
+
+def die_half_way(job: Any) -> Any:
+    """Once: with a part of the file written, and nothing that can be caught."""
+    if (flag := job.target.parent.parent / "died").exists():
+        return fold_shard(job)
+    flag.touch()
+    job.target.write_bytes(b"half")
+    os._exit(3)
+
+
+def test_dask_gives_a_dead_workers_shard_to_another(home: Path, cluster: Any) -> None:
+    from distributed import Client
+
+    with Client(cluster) as client:
+        fold(home, "died-once", executor=Failing(die_half_way, client.get_executor()))
+    assert (home / "died").exists()
+    assert tree(home / "died-once") == tree(home / "expected")
     assert beside(home) == set()
 
 

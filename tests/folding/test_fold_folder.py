@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,10 +86,11 @@ def test_links_as_in_the_hubs_cache_are_copied_by_content(tmp_path: Path) -> Non
     assert len(tensors_of(tmp_path / "outFalse")) == 4
 
 
-def test_linked_files_are_the_same_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("executor", [None, ThreadPoolExecutor(2)], ids=["here", "executor"])
+def test_linked_files_are_the_same_file(tmp_path: Path, executor: ThreadPoolExecutor | None) -> None:
     folder, part = base(tmp_path / "base", 4), write_lora(tmp_path / "a", {"net.0.q": (9, 6)})
     before = digests(folder)
-    ah.fold(folder, ah.load(part), tmp_path / "out", link=True)
+    ah.fold(folder, ah.load(part), tmp_path / "out", link=True, executor=executor)
     for file in folder.glob("*.safetensors"):
         touched = file.name == "model-00001-of-00004.safetensors"
         assert (tmp_path / "out" / file.name).samefile(file) != touched
@@ -96,6 +98,30 @@ def test_linked_files_are_the_same_file(tmp_path: Path) -> None:
     ah.fold(folder, ah.load(part), tmp_path / "plain")
     assert digests(tmp_path / "plain") == digests(tmp_path / "out")
     assert digests(folder) == before
+
+
+def test_modules_behind_the_model_come_along(tmp_path: Path) -> None:
+    """As sentence-transformers lays them out: a dense layer in a folder of its own."""
+    folder, part = base(tmp_path / "base"), write_lora(tmp_path / "a", LAYERS)
+    modules = [{"idx": i, "name": str(i), "path": path} for i, path in enumerate(["", "1_Pooling", "2_Dense"])]
+    put(folder, {"modules.json": json.dumps(modules), "1_Pooling/config.json": "{}", "2_Dense/pytorch_model.bin": "?"})
+    (folder / "fp16").mkdir()
+    for name in ("2_Dense", "fp16"):
+        save_file({"linear.weight": draw(3, 4)}, folder / name / "model.safetensors")
+    result = ah.fold(folder, ah.load(part), tmp_path / "out")
+    assert sorted(result.left) == ["2_Dense/pytorch_model.bin", "fp16/model.safetensors"]
+    dense = "2_Dense/model.safetensors"
+    assert (tmp_path / "out" / dense).read_bytes() == (folder / dense).read_bytes()
+    assert result.files[dense] == digests(folder)[dense]
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[1]", '[{"path": ["x"]}]', "[" * 100_000])
+def test_a_modules_json_of_something_else(tmp_path: Path, text: str) -> None:
+    folder, part = base(tmp_path / "base"), write_lora(tmp_path / "a", LAYERS)
+    put(folder, {"modules.json": text})
+    (folder / "x").mkdir()
+    save_file({"linear.weight": draw(3, 4)}, folder / "x" / "model.safetensors")
+    assert ah.fold(folder, ah.load(part), tmp_path / "out").left == ("x/model.safetensors",)
 
 
 def test_a_variant_beside_the_weights_stays_behind(tmp_path: Path) -> None:
