@@ -458,7 +458,7 @@ class Adapters:
         for own in of:
             self._known(own)
         here = [slot for _, slot in slots(self.model) if slot.parts.keys() & set(of)]
-        made = [gate_part(gate, slot.site, seed, deltas(gate, ways, slot.parts, slot.site)) for slot in here]
+        made = [gate_part(gate, slot.site, seed, deltas(gate, ways, slot)) for slot in here]
         for slot, part in zip(here, made, strict=True):
             part.learn(())
             slot.add_module(gate.name, part)
