@@ -98,8 +98,11 @@ def replaceable(folder: Path) -> bool:
     )
 
 
-def read(folder: Path) -> Saved:
-    """The manifest in `folder`, strictly; no tensor is read. `FileError` for all that is wrong."""
+def read(folder: Path, routers: compose.Routers | None = None) -> Saved:
+    """The manifest in `folder`, strictly; no tensor is read. `FileError` for all that is wrong.
+
+    `routers` gives routers by their names, by default those of plugins.
+    """
     path = folder / MANIFEST
     manifest = strict_json.read(path, missing="a folder by adapters.save_composition() has it")
     if manifest.keys() != {"layout", "composition", "base"}:
@@ -108,7 +111,7 @@ def read(folder: Path) -> Saved:
         what = f"has the layout {manifest['layout']!r}, and {LAYOUT} is known"
         raise FileError(what, where=path, fix="update adapterhub-lite")
     try:
-        tree = compose.from_plain(manifest["composition"], registry().router)
+        tree = compose.from_plain(manifest["composition"], routers or registry().router)
         names, gates = compose.names(tree), compose.gates(tree)
     except (ConfigError, UnknownName) as error:
         raise FileError(error.what, where=path, fix=error.fix or "save it again") from None

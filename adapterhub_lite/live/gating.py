@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import algebra, compose
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, PluginError
 from ..seed import generator
 
 if TYPE_CHECKING:
@@ -115,6 +115,9 @@ class Routing(GatePart):
         for i, delta in enumerate(deltas):
             rng = generator(seed, f"{site.name}:{gate.name}:{i}")
             made = self.router.init(delta, self.width, rng)
+            if not made:
+                what = f"init() of router {self.router.name!r} gives a way no tensor, which is what files know it by"
+                raise PluginError(what, where=site.name, fix="give one, of a zero say")
             self.names.append({key: f"{key}_{i}" for key in made})
             for key, t in made.items():
                 self.place(f"{key}_{i}", t)
