@@ -7,7 +7,7 @@ At each layer a tree maps the layer's input x and an output v to another output;
     Sum         v + Σ wᵢ (fᵢ(v) − v)
     Mean        the same with 1/N
     Chain       fₙ(… f₁(v)), with the same x for all
-    Route       v + Σ gᵢ(x) (fᵢ(v) − v), with weights from a trained gate, or a router, that add up to 1
+    Route       v + Σ gᵢ(x) (fᵢ(v) − v), with weights from a trained gate, or a router
     Fuse        v + V Σ aᵢ uᵢ, attention from v over what the adapters add, uᵢ: AdapterFusion
     Rows        each row of a batch its own; the root alone can be this
 
@@ -58,6 +58,11 @@ class Gate:
         if self.way is not None and (self.by is None or not 0 <= self.way < self.outputs):
             what = f"a gate of {self.outputs} outputs has no way {self.way} that could be on alone"
             raise ConfigError(what, where=self.name, fix="make the router with adapters.add_router()")
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a router gives its weights that has the same for every input."""
+        return self.by is not None and self.by.defines("fixed")
 
     def __mul__(self, node: Node) -> Sum:
         return Sum(((self, _node(node)),))
@@ -338,25 +343,32 @@ def weights(node: Node) -> dict[str, float] | None:
     return None
 
 
-def lowered(node: Node) -> dict[str, float]:
-    """The weight of each adapter where all are weight changes, which a chain adds up; `NotMergeable` for a gate.
+def lowered(node: Node, fixed: Callable[[Gate], Sequence[float] | None] | None = None) -> dict[str, float]:
+    """The weight of each adapter where all are weight changes, which a chain adds up.
+
+    `NotMergeable` for a gate, but for one of a Route whose weights `fixed` tells: they are the same for every input.
 
     >>> lowered(chain("a", 0.5 * use("b") + mean("a", "b")))
     {'a': 1.5, 'b': 1.0}
     """
-    if gate := next(iter(gates(node)), None):
+    terms: Sequence[tuple[Weight, Node]]
+    if isinstance(node, Sum):
+        terms = node.terms
+    elif isinstance(node, Route) and node.gate.fixed and fixed and (g := fixed(node.gate)) is not None:
+        terms = tuple(zip(g, node.of, strict=True))
+    elif isinstance(node, (Route, Fuse)):
+        terms = ((node.gate, node),)
+    else:
+        share = 1 / len(node.of) if isinstance(node, Mean) else 1.0
+        terms = tuple((share, own) for own in children(node))
+    if gate := next((weight for weight, _ in terms if isinstance(weight, Gate)), None):
         raise NotMergeable(
             f"the gate {gate.name!r} weighs by the input, which no weight change can stand for",
             fix="load the composition on the model, with adapters.load_composition()",
         )
-    if isinstance(node, Sum):
-        terms = node.terms
-    else:
-        share = 1 / len(node.of) if isinstance(node, Mean) else 1.0
-        terms = tuple((share, own) for own in children(node))
     total = {node.name: 1.0} if isinstance(node, Use) else dict[str, float]()
     for weight, own in terms:
-        for name, inner in lowered(own).items():
+        for name, inner in lowered(own, fixed).items():
             total[name] = total.get(name, 0.0) + float(weight) * inner  # type: ignore[arg-type]  # there is no gate
     return total
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Router:
-    """Weighs the ways of a Route, token by token. `init` and `weights` are all that one needs to have.
+    """Weighs the ways of a Route, token by token. `init` and `weights` are all that one needs to have, or `fixed`.
 
     Subclasses are frozen dataclasses themselves; their fields are the router's options, made with `option`.
     """
@@ -55,7 +55,17 @@ class Router:
 
     def weights(self, ways: Sequence[Mapping[str, Tensor]], h: Tensor) -> Tensor:
         """The weight of each way, (…, ways), for the layer's input h (…, width), from the ways' tensors."""
-        raise ConfigError(f"router {self.name!r} does not define weights()", fix="see docs/protocol.md")
+        if not self.defines("fixed"):
+            raise ConfigError(f"router {self.name!r} does not define weights()", fix="see docs/protocol.md")
+        return self.fixed(ways).to(h).expand(*h.shape[:-1], len(ways))
+
+    def fixed(self, ways: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """The weight of each way, (ways,), of a router that has the same for every input.
+
+        One that has this needs no `weights`. It goes with every kind of layer, and its Route is a weight change where
+        the ways are: it is merged, and `adapter compile` makes one LoRA of it.
+        """
+        raise ConfigError(f"the weights of router {self.name!r} depend on the input", fix="ask for weights()")
 
     def alone(self, way: Mapping[str, Tensor], h: Tensor) -> Tensor:
         """The weight (…, 1) of a way that is on by itself, to train its tensors.

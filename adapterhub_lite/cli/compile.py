@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .. import per_site
 from .cuts import cut_options, refuse_two
 from .merge import errors, parse_dtype, report, summary
 from .output import print_json, progress
@@ -38,9 +39,9 @@ def compile(
     """Write the composition in folder COMPOSITION as one plain LoRA.
 
     COMPOSITION is a folder by adapters.save_composition(). Sums, means and chains of weight changes are one weight
-    change, and the result is exact, or with --rank, --max-error or --budget the nearest that is smaller. One adapter
-    alone, with weight 1, stays what it is. Gates, and methods that are no weight change by themselves, are refused by
-    name.
+    change, and the result is exact, or with --rank, --max-error or --budget the nearest that is smaller. So are routers
+    whose weights differ from layer to layer and not by the input, such as cat. One adapter alone, with weight 1, stays
+    what it is. Other gates, and methods that are no weight change by themselves, are refused by name.
 
     \b
     adapter compile both -o served --rank 16
@@ -54,7 +55,7 @@ def compile(
     with progress("compiling", quiet) as step:
         planned, error = cut.write(out, dtype=dtype, force=force, progress=step)
     if as_json:
-        named = [{"ref": name, "weight": weight} for name, weight in weights.items()]
+        named = [{"ref": name, "weight": per_site.plain(weight)} for name, weight in weights.items()]
         print_json({"out": str(out), "adapters": named, **report(planned, error)})
     elif not quiet:
         click.echo(summary(planned, "wrote", out))

@@ -1,8 +1,8 @@
-"""`adapter plugin`: write a plugin package, and check the method of one."""
+"""`adapter plugin`: write a plugin package, and check what one gives."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,7 @@ from .scaffold import new
 if TYPE_CHECKING:
     from ..protocol import Method
     from ..registry import Plugin
+    from ..routing import Router
     from ..rule import Rule
 
 
@@ -30,12 +31,13 @@ plugin.add_command(new)
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def check(name: str, as_json: bool) -> int:
-    """Check that the method or merge rule NAME keeps the promises of every one.
+    """Check that the method, merge rule or router NAME keeps the promises of every one.
 
-    It is tried with its default options: a method on layers of every kind that it claims, a rule on small adapters.
-    Where both have the name, rule.NAME is the rule. For other options, and for failures
-    that are expected, write a test with adapterhub_lite.testing.parametrize_checks. Exit code: 0 if all checks pass,
-    1 if one fails, 2 if there is no such method or rule or it cannot be loaded.
+    It is tried with its default options: a method on layers of every kind that it claims, a rule on small adapters, a
+    router on small inputs and a small model. Where several have the name, rule.NAME is the rule and router.NAME the
+    router. For other options, and for failures that are expected, write a test with
+    adapterhub_lite.testing.parametrize_checks. Exit code: 0 if all checks pass, 1 if one fails, 2 if there is no such
+    method, rule or router or it cannot be loaded.
     """
     try:
         kind, method, origin = _load(name)
@@ -72,8 +74,8 @@ def check(name: str, as_json: bool) -> int:
     return 1 if failed else 0
 
 
-def _load(name: str) -> tuple[str, Method | Rule, Plugin]:
-    """The method or rule with its default options, which it is, and the plugin that gives it. Raises `AdapterError`."""
+def _load(name: str) -> tuple[str, Method | Rule | Router, Plugin]:
+    """It with its default options, what kind it is, and the plugin that gives it. Raises `AdapterError`."""
     kind, cls = _found(name)
     name = cls.name
     origin = next(p for p in registry().plugins() if f"{kind} {name}" in p.gives)
@@ -91,14 +93,15 @@ def _load(name: str) -> tuple[str, Method | Rule, Plugin]:
     return kind, method, origin
 
 
-def _found(name: str) -> tuple[str, type[Method] | type[Rule]]:
-    if name.startswith("rule."):
-        return "rule", registry().rule(name.removeprefix("rule."))
-    try:
-        return "method", registry().method(name)
-    except UnknownName as unknown:
+def _found(name: str) -> tuple[str, type[Method] | type[Rule] | type[Router]]:
+    kinds: dict[str, Any] = {"method": registry().method, "rule": registry().rule, "router": registry().router}
+    kind, _, own = name.partition(".")
+    if own and kind in kinds:
+        return kind, kinds[kind](own)
+    fixes = []
+    for kind, get in kinds.items():
         try:
-            return "rule", registry().rule(name)
-        except UnknownName as no_rule:
-            what = f"there is no method or rule {name!r}"
-            raise UnknownName(what, fix=f"methods: {unknown.fix}; rules: {no_rule.fix}") from None
+            return kind, get(name)
+        except UnknownName as unknown:
+            fixes.append(f"{kind}s: {unknown.fix}")
+    raise UnknownName(f"there is no method, rule or router {name!r}", fix="; ".join(fixes))

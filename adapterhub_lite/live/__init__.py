@@ -114,6 +114,7 @@ class Adapters:
         *,
         exclude: str | Sequence[str] = (),
         seed: int = 0,
+        reserve: int | None = None,
     ) -> None:
         """A new adapter `name` at the target layers. The first one on a model is active at once.
 
@@ -122,7 +123,8 @@ class Adapters:
         kind, embeddings and norms too if it adapts them. A mapping gives targets options of their own,
         `{"all-linear": {}, "down_proj": {"rank": 4}}`; of two that name a layer the later one holds. `exclude` takes
         names and globs; what is inside of a module that it names is left out too. The tensors depend on `seed` and
-        on each layer's name, and on nothing else.
+        on each layer's name, and on nothing else. `reserve` is as in `load`: a place for others to be swapped into,
+        which is held, and trained, as a LoRA of that rank.
         """
         self._refuse_merged("add an adapter")
         self._check_new(name)
@@ -138,6 +140,9 @@ class Adapters:
             here = method.at(site.name)
             tensors = here.init(site, generator(seed, site.name))
             parts.append(Part(here, site, tensors, trained(tensors), common))
+        if reserve is not None:
+            method, parts = reserved(parts, reserve)
+            common = None
         self._attach(name, method, parts, common)
 
     def load(self, ref: str | Path | Adapter, name: str, *, any_base: bool = False, reserve: int | None = None) -> None:
@@ -458,7 +463,7 @@ class Adapters:
         for own in of:
             self._known(own)
         here = [slot for _, slot in slots(self.model) if slot.parts.keys() & set(of)]
-        made = [gate_part(gate, slot.site, seed, deltas(gate, ways, slot.parts, slot.site)) for slot in here]
+        made = [gate_part(gate, slot.site, seed, deltas(gate, ways, slot)) for slot in here]
         for slot, part in zip(here, made, strict=True):
             part.learn(())
             slot.add_module(gate.name, part)

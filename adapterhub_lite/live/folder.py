@@ -10,22 +10,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .. import compose, sketch, source, strict_json
-from ..adapter import Adapter, load
+from .. import algebra, compose, sketch, source, strict_json
+from ..adapter import Adapter, load, merge
 from ..checkpoint import Checkpoint, TensorInfo, dtype_name
 from ..errors import ConfigError, FileError, NotMergeable, UnknownName
 from ..format import is_floating
+from ..per_site import Weight
 from ..registry import registry
+from ..seed import generator
 from ..sharding import whole
 from ..staging import staged
 from ..writer import TensorWriter
 from .files import held, original
-from .gating import GatePart, gate_part
+from .gating import GatePart, fixed, gate_part
 from .tree import Part, slots, state_of
 
 MANIFEST, TENSORS, ADAPTERS = "composition.json", "gates.safetensors", "adapters"
@@ -95,8 +98,11 @@ def replaceable(folder: Path) -> bool:
     )
 
 
-def read(folder: Path) -> Saved:
-    """The manifest in `folder`, strictly; no tensor is read. `FileError` for all that is wrong."""
+def read(folder: Path, routers: compose.Routers | None = None) -> Saved:
+    """The manifest in `folder`, strictly; no tensor is read. `FileError` for all that is wrong.
+
+    `routers` gives routers by their names, by default those of plugins.
+    """
     path = folder / MANIFEST
     manifest = strict_json.read(path, missing="a folder by adapters.save_composition() has it")
     if manifest.keys() != {"layout", "composition", "base"}:
@@ -105,7 +111,7 @@ def read(folder: Path) -> Saved:
         what = f"has the layout {manifest['layout']!r}, and {LAYOUT} is known"
         raise FileError(what, where=path, fix="update adapterhub-lite")
     try:
-        tree = compose.from_plain(manifest["composition"], registry().router)
+        tree = compose.from_plain(manifest["composition"], routers or registry().router)
         names, gates = compose.names(tree), compose.gates(tree)
     except (ConfigError, UnknownName) as error:
         raise FileError(error.what, where=path, fix=error.fix or "save it again") from None
@@ -122,16 +128,64 @@ def read(folder: Path) -> Saved:
     return Saved(tree, base, tensors)
 
 
-def lower(folder: Path) -> tuple[Adapter, dict[str, float]]:
+def lower(folder: Path) -> tuple[Adapter, dict[str, Weight]]:
     """The composition in `folder` as one adapter Σ wᵢ ΔWᵢ, computed when it is saved, and the weights.
 
-    `NotMergeable` if it is none: for gates now, for methods when it is planned or saved.
+    They differ from layer to layer where a router has weights of its own at each. `NotMergeable` if it is none: for
+    gates now, for methods when it is planned or saved.
     """
-    weights = {name: weight for name, weight in compose.lowered(read(folder).tree).items() if weight != 0}
+    saved = read(folder)
+    adapters = {name: load(folder / ADAPTERS / name) for name in compose.names(saved.tree)}
+    weights: dict[str, Weight] = {}
+    if compose.gates(saved.tree):
+        weights.update(_by_site(saved, adapters, folder))
+    else:
+        weights.update(compose.lowered(saved.tree))
+    weights = {name: w for name, w in weights.items() if (any(w.values()) if isinstance(w, Mapping) else w != 0)}
     if not weights:
         raise NotMergeable("the weights of all adapters come to zero", where=folder, fix="load the base alone")
-    terms = [weight * load(folder / ADAPTERS / name) for name, weight in weights.items()]
+    if any(isinstance(w, Mapping) for w in weights.values()):
+        return merge([adapters[name] for name in weights], weights=list(weights.values())), weights
+    terms = [float(w) * adapters[name] for name, w in weights.items()]  # type: ignore[arg-type]  # none is a mapping
     return sum(terms[1:], terms[0]), weights
+
+
+def _by_site(saved: Saved, adapters: Mapping[str, Adapter], folder: Path) -> dict[str, dict[str, float]]:
+    """The weight of each adapter by the escaped name of the layer, 0 at layers that it leaves alone."""
+    compose.lowered(saved.tree, lambda gate: [0.0] * gate.outputs)  # refuses all other gates
+    every = [pair for adapter in adapters.values() for pair in adapter.sites.items()]
+    shapes = {site: own.shape for site, own in every if min(own.shape) > 0}
+    left, found = set(saved.gates), {name: dict[str, float]() for name in adapters}
+    for site, shape in shapes.items():
+        tree = compose.reduced(saved.tree, {name for name, adapter in adapters.items() if site in adapter.sites})
+
+        def fixed_here(gate: compose.Gate, site: str = site, shape: tuple[int, int] = shape) -> list[float]:
+            assert gate.by is not None
+            ways = []
+            for i in range(gate.outputs):
+                made = gate.by.init(algebra.nothing(shape), shape[1], generator(0, site))
+                keys = {name: f"{site}.{gate.name}.{name}_{i}" for name in made}
+                ways.append({name: _tensor(saved, key, made[name], folder) for name, key in keys.items()})
+                left.difference_update(keys.values())
+            return fixed(gate.by, ways)
+
+        here = compose.lowered(tree, fixed_here)
+        for name, own in found.items():
+            own[escape(site)] = here.get(name, 0.0)
+    if left:
+        what = f"has a tensor {min(left)!r}, which is of no gate at a layer of these adapters"
+        raise FileError(what, where=folder / TENSORS, fix="save it again")
+    return found
+
+
+def _tensor(saved: Saved, key: str, like: Tensor, folder: Path) -> Tensor:
+    info = saved.gates.get(key)
+    if info is None:
+        raise FileError(f"lacks the tensor {key!r}", where=folder / TENSORS, fix="save it again")
+    if tuple(like.shape) != info.shape or not is_floating(info):
+        is_ = f"{info.dtype} {list(info.shape)}"
+        raise FileError(f"the tensor {key!r} is {is_}, and does not fit its gate", where=folder / TENSORS)
+    return source.read(info)
 
 
 def gate_parts(

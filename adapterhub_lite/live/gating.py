@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import algebra, compose
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, PluginError
 from ..seed import generator
 
 if TYPE_CHECKING:
     from ..compose import Gate
     from ..delta import Delta
+    from ..routing import Router
     from ..site import Site
+    from .tree import Slot
 
 STD = 0.02  # of W at the start, as in the papers that have gates
 OFF_DIAGONAL, PULL = 1e-6, 0.01  # of V at the start, and how it is kept there: as in AdapterHub's library
@@ -30,7 +32,7 @@ class GatePart(nn.Module):
     def __init__(self, gate: Gate, site: Site) -> None:
         super().__init__()
         self.gate, self.site = gate, site
-        self.width = site.width(gate.reads)
+        self.width = site.shape[1] if gate.fixed else site.width(gate.reads)
 
     def place(self, name: str, tensor: Tensor) -> None:
         """A copy of `tensor` as a parameter, on the layer's device and in an adapter's dtype for it."""
@@ -65,6 +67,10 @@ class GatePart(nn.Module):
                 where=self.site.name,
                 fix='make one that reads the other end, reads="output" or "input"',
             )
+
+    def fixed(self) -> list[float] | None:
+        """The weights of all ways, of a router that has the same for every input; else None."""
+        return None
 
     def of_samples(self, x: Tensor) -> Tensor:
         """One weight for each sample (batch,), of a gate by sample with one output."""
@@ -109,16 +115,31 @@ class Routing(GatePart):
         for i, delta in enumerate(deltas):
             rng = generator(seed, f"{site.name}:{gate.name}:{i}")
             made = self.router.init(delta, self.width, rng)
+            if not made:
+                what = f"init() of router {self.router.name!r} gives a way no tensor, which is what files know it by"
+                raise PluginError(what, where=site.name, fix="give one, of a zero say")
             self.names.append({key: f"{key}_{i}" for key in made})
             for key, t in made.items():
                 self.place(f"{key}_{i}", t)
                 if isinstance(t, nn.Parameter):
                     self.trained.add(f"{key}_{i}")
 
-    def by_token(self, h: Tensor, way: int | None) -> Tensor:
+    def weights(self, x: Tensor, v: Tensor, way: int | None = None) -> Tensor:
+        if self.gate.fixed and way is None:  # whatever x is: tokens, or an image
+            return self.router.fixed(self.ways())  # (ways,)
+        return super().weights(x, v, way)
+
+    def ways(self) -> list[dict[str, Tensor]]:
+        """Each way's tensors."""
         own: Any = self._parameters
-        ways = [{key: own[name] for key, name in names.items()} for names in self.names]
+        return [{key: own[name] for key, name in names.items()} for names in self.names]
+
+    def by_token(self, h: Tensor, way: int | None) -> Tensor:
+        ways = self.ways()
         return self.router.weights(ways, h) if way is None else self.router.alone(ways[way], h)
+
+    def fixed(self) -> list[float] | None:
+        return fixed(self.router, self.ways()) if self.gate.fixed else None
 
     def learned(self, ways: Collection[int | None]) -> Collection[str]:
         one_by_one = self.router.defines("alone")
@@ -186,16 +207,29 @@ def gate_part(gate: Gate, site: Site, seed: int, deltas: Sequence[Delta] | None 
     return Routing(gate, site, seed, deltas)
 
 
-def deltas(gate: Gate, ways: Sequence[compose.Node], parts: Mapping[str, Any], site: Site) -> list[Delta] | None:
-    """What each way adds to the weight of a site with these parts, where the gate's router looks at that."""
+def _fixed(gate: GatePart | None) -> list[float] | None:
+    return None if gate is None else gate.fixed()
+
+
+@torch.no_grad()
+def fixed(router: Router, ways: Sequence[Mapping[str, Tensor]]) -> list[float]:
+    """The weights of all ways by a router that has the same for every input, in float64."""
+    found: list[float] = router.fixed([{key: t.detach().double() for key, t in way.items()} for way in ways]).tolist()
+    return found
+
+
+def deltas(gate: Gate, ways: Sequence[compose.Node], slot: Slot) -> list[Delta] | None:
+    """What each way adds to the weight at a site, where the gate's router looks at that."""
     if gate.by is None or not gate.by.reads_delta:
         return None
+    parts, gates, site = slot.parts, slot.gates, slot.site
     found = []
     for way in ways:
         terms = []
-        for name, weight in compose.lowered(way).items():
-            part = parts.get(name)
-            if part is None or weight == 0:
+        here = compose.reduced(way, parts)
+        for name, weight in compose.lowered(here, lambda own: _fixed(gates.get(own.name))).items():
+            part = parts[name]
+            if weight == 0:
                 continue
             if part.method.reads_weight or not part.method.defines("delta"):
                 raise ConfigError(

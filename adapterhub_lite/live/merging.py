@@ -124,6 +124,11 @@ def _folded(program: Program, v: Affine, base: Affine) -> Affine:
                 raise _gated(weight.site, weight.gate.name)
             total = total.plus(weight, _folded(own, v, base), v)
         return total
+    if isinstance(program, Routed) and (g := program.gate.fixed()) is not None:
+        total = v
+        for i, own in program.ways:
+            total = total.plus(g[i], _folded(own, v, base), v)
+        return total
     if isinstance(program, (Routed, Fused)):
         raise _gated(program.gate.site, program.gate.gate.name)
     if isinstance(program, Batch):

@@ -114,7 +114,7 @@ def _tensors(
     where = where if site is None else site.name
     if delta.rank > rank:
         raise ConfigError(
-            f"rank {delta.rank} does not fit into {rank}", where=where, fix=f"load with reserve={delta.rank} at first"
+            f"rank {delta.rank} does not fit into {rank}", where=where, fix=f"begin with reserve={delta.rank}"
         )
     if scale == 0:
         raise ConfigError("with alpha 0 nothing can be put in its place", where=where, fix="load it as another adapter")

@@ -1,4 +1,4 @@
-"""The conformance suites: what every method must do, on small layers of every kind it claims; what every rule must do.
+"""The conformance suites: what every method must do, on small layers of every kind it claims; every rule; every router.
 
 In a plugin's own tests:
 
@@ -8,8 +8,8 @@ In a plugin's own tests:
     def test_conforms(method, check):
         check(method)
 
-with rules just as well, and on the command line `adapter plugin check NAME`. Neither needs more than the package
-itself; pytest is imported only by `parametrize_checks`.
+with rules and routers just as well, and on the command line `adapter plugin check NAME`. Neither needs more than the
+package itself; pytest is imported only by `parametrize_checks`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError
 from ..protocol import Method
+from ..routing import Router
 from ..rule import Rule
 from . import (
     attached,
@@ -30,6 +31,7 @@ from . import (
     inputs,
     low_rank,
     merging,
+    routed,
     shared,
     steps,
     stored,
@@ -62,7 +64,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def checks_for(method: Subject) -> list[Check]:
-    """All checks for a method or a rule, in order; `check.skipped(method)` tells why one is not for `method`.
+    """All checks for a method, a rule or a router, in order; `check.skipped(method)` tells why one is not for `method`.
 
     >>> import adapterhub_lite as ah
     >>> [check.name for check in checks_for(ah.method("lora"))][:2]
@@ -70,6 +72,8 @@ def checks_for(method: Subject) -> list[Check]:
     """
     if isinstance(method, Rule):
         return list(merging.CHECKS)
+    if isinstance(method, Router):
+        return list(routed.CHECKS)
     if not isinstance(method, Method):
         raise ConfigError(f"{method!r} is not a method with its options", fix="give an instance, say LoRA(rank=4)")
     return list(_CHECKS)
@@ -90,7 +94,7 @@ def check_method(method: Subject, expected_failures: Mapping[str, str] | None = 
 
 
 def parametrize_checks(*methods: Subject, expected_failures: Mapping[str, str] | None = None) -> Callable[[F], F]:
-    """Parametrize a pytest test by `method` and `check`: one test for each check of each method, or rule.
+    """Parametrize a pytest test by `method` and `check`: one test for each check of each method, rule or router.
 
     `expected_failures` maps the names of checks to the reason why they fail; one that passes is a failure.
     """
@@ -115,7 +119,7 @@ def parametrize_checks(*methods: Subject, expected_failures: Mapping[str, str] |
 
 
 def label(method: Subject) -> str:
-    """The method, or rule, with the options that are not at their default: `LoRA(rank=4)`.
+    """The method, rule or router, with the options that are not at their default: `LoRA(rank=4)`.
 
     >>> import adapterhub_lite as ah
     >>> label(ah.method("lora", rank=4))

@@ -10,15 +10,16 @@ from typing import Any, Literal, TypeAlias
 
 from ..errors import AdapterError, UnknownName, nearest, printable
 from ..protocol import Method
+from ..routing import Router
 from ..rule import Rule
 
-Subject: TypeAlias = Method | Rule
+Subject: TypeAlias = Method | Rule | Router
 Reason = Callable[[Any], "str | None"]
-"""Tells from what a method or a rule declares why a check is not for it; None if it is."""
+"""Tells from what a method, a rule or a router declares why a check is not for it; None if it is."""
 
 
 class CheckFailed(AssertionError):
-    """A method or a rule does not do what it says: `what` in one line, and how to `fix` it."""
+    """A method, a rule or a router does not do what it says: `what` in one line, and how to `fix` it."""
 
     def __init__(self, what: str, *, fix: str) -> None:
         self.what, self.fix = printable(what), printable(fix)
@@ -31,7 +32,7 @@ class CheckSkipped(unittest.SkipTest):
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that every method, or every rule, must do, unless it declares that it does not take part.
+    """One thing that every method, rule or router must do, unless it declares that it does not take part.
 
     Calling it with one returns what was measured, raises `CheckFailed`, or raises `CheckSkipped`.
     """

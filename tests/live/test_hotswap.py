@@ -70,6 +70,28 @@ def test_nothing_is_compiled_anew_and_the_memory_stays(reserve: int | None, tmp_
     torch.testing.assert_close(loaded(tmp_path / "again"), loaded(folders[0]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_added_adapter_may_have_a_reserve_too(kind: str, tmp_path: Path) -> None:
+    name, options = KINDS[kind]
+    model, other = llama(), llama()
+    adapters, others = ah.adapt(model), ah.adapt(other)
+    targets = {"q_proj": {}, "v_proj": {"rank": 1}} if kind == "lora" else TARGETS
+    adapters.add("a", ah.method(name, **options), targets, seed=3, reserve=9)
+    others.add("a", ah.method(name, **options), targets, seed=3)
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-5, atol=1e-5)
+    own = {key: p for key, p in model.named_parameters() if ".adapters.a." in key}
+    assert own
+    assert all(9 in p.shape for p in own.values())
+    pointers = {key: p.data_ptr() for key, p in own.items()}
+    folder = saved(tmp_path, "smaller", ["q_proj", "v_proj"])
+    adapters.hotswap("a", folder)
+    torch.testing.assert_close(logits(model), loaded(folder), rtol=1e-4, atol=1e-5)
+    assert {key: p.data_ptr() for key, p in model.named_parameters() if key in own} == pointers
+    model(input_ids=tokens(2, 7)).logits.square().sum().backward()  # the rank of what is trained stays what it was
+    assert all(p.grad is not None for p in own.values())
+    assert all(not p.grad[2:].any() for key, p in own.items() if key.endswith(".A"))  # type: ignore[index]
+
+
 def test_layers_that_the_new_one_leaves_alone_get_nothing(tmp_path: Path) -> None:
     model = llama()
     adapters = ah.adapt(model)
@@ -147,7 +169,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     refusals: list[tuple[Callable[[], Any], str]] = [
         (
             lambda: adapters.hotswap("a", value("lora", rank=4), any_base=True),
-            "up: rank 4 does not fit into 3; load with",
+            "up: rank 4 does not fit into 3; begin with reserve=4",
         ),
         (lambda: adapters.hotswap("a", value("ia3"), any_base=True), "method 'ia3' has no low-rank ΔW of its own"),
         (lambda: adapters.hotswap("a", value("dora", rank=2), any_base=True), "method 'dora' has no low-rank ΔW"),
@@ -173,6 +195,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         (lambda: adapters.hotswap("a", value("lora", rank=3)), "was trained on other weights"),
         (lambda: adapters.load(value("lora", rank=3), "b", any_base=True, reserve=2), "rank 3 does not fit into 2"),
         (lambda: adapters.load(value("ia3"), "b", any_base=True, reserve=2), "has no low-rank ΔW of its own"),
+        (lambda: adapters.add("b", ah.method("lora", rank=3), "up", reserve=2), "rank 3 does not fit into 2"),
+        (lambda: adapters.add("b", ah.method("dora", rank=3), "up", reserve=4), "has no low-rank ΔW of its own"),
     ]
     for call, what in refusals:
         with pytest.raises(ah.AdapterError, match=what):

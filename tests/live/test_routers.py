@@ -276,6 +276,13 @@ def test_what_is_refused() -> None:
         pytest.raises(ah.ConfigError, match="'arrow' is not trained one way at a time"),
     ):
         output(model, inputs())
+
+    class Bare(type(goose)):  # type: ignore[misc]
+        def init(self, delta: Any, width: int, rng: Any) -> dict[str, Tensor]:
+            return {}
+
+    with pytest.raises(ah.PluginError, match="of router 'phatgoose' gives a way no tensor"):
+        adapters.add_router("s", Bare(), ["a"])
     adapters.add_router("s", goose, ["a", "c", "p"])  # which looks at no weight change
     blocks = llama()
     others = ah.adapt(blocks)

@@ -89,5 +89,5 @@ def test_a_rule_is_checked_by_its_name(adapter: Callable[..., Done]) -> None:
     assert adapter("plugin", "check", "rule.mean").code == 0
     nothing = adapter("plugin", "check", "tise")
     assert nothing.code == 2
-    assert "there is no method or rule 'tise'" in nothing.err
+    assert "there is no method, rule or router 'tise'" in nothing.err
     assert "did you mean 'ties'" in nothing.err
