@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .errors import NotMergeable as NotMergeable
     from .errors import OutputExists as OutputExists
     from .errors import PluginError as PluginError
+    from .errors import ScoreError as ScoreError
     from .errors import UnknownName as UnknownName
     from .extraction import extract as extract
     from .folding import fold as fold
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
     from .rule import Place as Place
     from .rule import Rule as Rule
     from .site import Site as Site
+    from .tuning import Tuned as Tuned
+    from .tuning import tune as tune
 
 _HOME = {
     "Adapter": "adapter",
@@ -88,6 +91,7 @@ _HOME = {
     "NotMergeable": "errors",
     "OutputExists": "errors",
     "PluginError": "errors",
+    "ScoreError": "errors",
     "UnknownName": "errors",
     "extract": "extraction",
     "fold": "folding",
@@ -101,6 +105,8 @@ _HOME = {
     "Place": "rule",
     "Rule": "rule",
     "Site": "site",
+    "Tuned": "tuning",
+    "tune": "tuning",
 }
 
 __all__ = ["__version__", "method", "router", *_HOME]

@@ -46,6 +46,10 @@ class NotMergeable(AdapterError):
     """No result would be right: the parts are not a sum of weight changes, or contradict each other."""
 
 
+class ScoreError(AdapterError):
+    """A score could not be had: its command failed, hung, or gave no number."""
+
+
 class OutputExists(AdapterError):
     """The output is already there, and nobody said to replace it."""
 

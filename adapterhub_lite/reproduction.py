@@ -89,7 +89,8 @@ def reproduce(
         else:
             from .save import save
 
-            save(WeightedSum(terms), new, dtype=dtype, progress=progress, **asked)
+            # How weights were found is told again, not done again.
+            save(WeightedSum(terms), new, dtype=dtype, search=recipe.get("search"), progress=progress, **asked)
         return Reproduction(tuple(differences(out, new)), tuple(again.warnings))
 
 

@@ -21,7 +21,7 @@ from .plan import Plan, plan
 from .protocol import Method, Params
 from .registry import registry
 from .source import DEFAULT, Piece, make_site, read
-from .staging import staged
+from .staging import refuse_occupied, staged
 
 LONG_FLOAT = -1.2345678901234567e-100  # no float takes more room in JSON
 
@@ -59,25 +59,23 @@ def save(
     force: bool = False,
     any_base: bool = False,
     keep: str | None = None,
+    search: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Plan, RelativeError]:
     """Write `source` to the folder `out`, whole or not at all; what was stored, and its error.
 
     Raises `OutputExists` without `force`, `NotMergeable` where the parts have no sum, `FileError` where a file is
-    broken. `dtype` is spelled as in safetensors.
+    broken. `dtype` is spelled as in safetensors. `search` is how the weights were found, for the recipe.
     """
     own = registry().format(DEFAULT)
-
-    def replaceable(folder: Path) -> bool:
-        # A folder inside is no output of ours: a checkpoint of the training, another adapter, .git.
-        return own.recognises(folder) and not any(path.is_dir() for path in folder.iterdir())
-
     facts: dict[str, Any] = {"version": __version__}
     recipe = {**source.recipe(), **({} if dtype is None else {"dtype": dtype})}
+    if search is not None:
+        recipe["search"] = dict(search)
     longest = RelativeError(LONG_FLOAT, dict.fromkeys(source.sites, LONG_FLOAT), of="tensors").plain()
     while True:
         try:
-            with staged(out, force=force, replaceable=replaceable) as folder:  # first: a refused OUT costs no work
+            with staged(out, force=force, replaceable=_replaceable) as folder:  # first: a refused OUT costs no work
                 planned = plan(source, dtype=dtype, any_base=any_base, keep=keep)
                 facts["recipe"] = {**recipe, **asked(planned.contents, any_base=any_base, keep=keep)}
                 facts.update(planned.contents.facts, **_method(planned.contents.method))
@@ -89,6 +87,16 @@ def save(
                 return planned, error
         except _TooCoarse as coarse:
             source = _tightened(source, coarse.error, planned.dtype)
+
+
+def refuse_out(out: Path, *, force: bool) -> None:
+    """Raise `OutputExists` where `save` would."""
+    refuse_occupied(out, force=force, replaceable=_replaceable)
+
+
+def _replaceable(folder: Path) -> bool:
+    # A folder inside is no output of ours: a checkpoint of the training, another adapter, .git.
+    return registry().format(DEFAULT).recognises(folder) and not any(path.is_dir() for path in folder.iterdir())
 
 
 def _method(method: Method) -> dict[str, Any]:

@@ -58,6 +58,11 @@ def staged(
         yield temp
 
 
+def refuse_occupied(out: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> None:
+    """Raise `OutputExists` where `staged` would, before long work that is to end there."""
+    _occupied(Path(out).absolute(), force, replaceable, "folder")
+
+
 @contextlib.contextmanager
 def staged_file(out: Path, *, force: bool = False, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
     """As `staged`, for a single file: the path to write it to."""

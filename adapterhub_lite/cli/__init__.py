@@ -22,6 +22,7 @@ COMMANDS = {
     "rules": ("rules", "Merge rules found, and their options."),
     "info": ("info", "What an adapter is: method, base, rank, sites, size, how it was made."),
     "merge": ("merge", "Adapters into one: the exact weighted sum or another rule, whole or truncated."),
+    "tune": ("tune", "Weights for a merge, searched by a score of yours; nothing is trained."),
     "reproduce": ("reproduce", "A merge done again from the recipe in its output, and compared bit by bit."),
     "diff": ("diff", "How like adapters are: norms, cosine, overlap, spectra; an HTML page."),
     "resize": ("resize", "One adapter, at a lower rank, error, size or precision."),

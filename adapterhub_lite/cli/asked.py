@@ -14,6 +14,7 @@ from ..adapter import Adapter
 from ..errors import ConfigError, nearest
 from ..registry import registry
 from ..source import stored
+from ..tuning import weighted_sum
 from .cuts import refuse_two
 from .rule_options import rule_of
 
@@ -71,8 +72,8 @@ def of_words(
     own = by_module(at, numbers(weighed))
     folds = _folds(own, chosen, into["into"], cuts)
     loaded = [adapter.load(ref) for ref in refs]
-    whole = usage(lambda: _whole(loaded, folds or own, chosen)) if chosen else _whole(loaded, folds or own, chosen)
-    merged = whole.cut(**cuts, dtype=dtype)
+    made = usage(lambda: whole(loaded, folds or own, chosen)) if chosen else whole(loaded, folds or own, chosen)
+    merged = made.cut(**cuts, dtype=dtype)
     return Asked(merged, refs, refs, own, chosen, dtype, keep, any_base, said, own if folds else None)
 
 
@@ -124,7 +125,7 @@ def of_recipe(file: Path, into: dict[str, Any]) -> Asked:
         weights, said = _weights(given or None, rule, len(refs))
         cuts: dict[str, Any] = {"rank": found.rank, "max_error": found.max_error, "budget": budget}
         folds = _folds(weights, rule, found.into, cuts)
-        merged = _whole(loaded, folds or weights, rule, found.at).cut(**cuts, dtype=dtype)
+        merged = whole(loaded, folds or weights, rule, found.at).cut(**cuts, dtype=dtype)
     if found.into is not None:
         seed = found.rounding_seed
         into.update(into=Path(found.path(found.into)), rounding=found.rounding, rounding_seed=seed)
@@ -165,7 +166,7 @@ def _weights(given: Sequence[Weight] | None, rule: Rule | None, count: int) -> t
     return [own] * count, said
 
 
-def _whole(
+def whole(
     adapters: Sequence[Adapter],
     weights: Sequence[Weight],
     rule: Rule | None,
@@ -174,5 +175,4 @@ def _whole(
     """What is to be written, but for truncation."""
     if rule is not None or len(numbers(weights)) < len(weights):
         return adapter.merge(adapters, rule, weights=weights, at=at)
-    terms = [w * one for w, one in zip(numbers(weights), adapters, strict=True)]
-    return sum(terms[1:], terms[0])
+    return weighted_sum(adapters, numbers(weights))

@@ -51,6 +51,7 @@ def info(ref: str, as_json: bool, verbose: bool) -> None:
         lines.append(("error", f"{report['error']:.3g} (relative, {of}when it was made)"))
     if report["recipe"] is not None:
         lines.append(("made by", _formula(report["recipe"])))
+        lines += [("weights by", said)] if (said := _search(report["recipe"].get("search"))) else []
     width = max(len(name) for name, _ in lines)
     click.echo("\n".join(f"{name.ljust(width)}  {_shown(value)}" for name, value in lines))
     if verbose:
@@ -142,6 +143,15 @@ def _formula(recipe: Any, depth: int = 0) -> str:
             return f"{tuned} - {base}"
         case _:
             return "…"
+
+
+def _search(found: Any) -> str:
+    """How the weights were found, if they were searched for."""
+    match found:
+        case {"trials": int(trials), "score": float(score), "seed": int(seed), **more}:
+            of = f" of {command}" if isinstance(command := more.get("command"), str) else ""
+            return f"a search of {trials} trials with seed {seed}: score {score:g}{of}"
+    return ""
 
 
 def _terms(terms: list[Any], between: str, depth: int) -> str:

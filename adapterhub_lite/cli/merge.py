@@ -39,13 +39,13 @@ class WithWeights(WithRule):
     """Lets `--weights` take the numbers that follow it: `0.7 0.3`, `0.7,0.3`, `1 -0.5`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, gather_weights(args))
+        return super().parse_args(ctx, gather_numbers(args, "--weights", "-w"))
 
 
-def gather_weights(args: Sequence[str]) -> list[str]:
-    """The arguments with the numbers after `--weights` joined to it.
+def gather_numbers(args: Sequence[str], *names: str) -> list[str]:
+    """The arguments with the numbers after an option, which has these names, joined to it.
 
-    >>> gather_weights(["a", "b", "--weights", "1", "-0.5", "-o", "out"])
+    >>> gather_numbers(["a", "b", "-w", "1", "-0.5", "-o", "out"], "--weights", "-w")
     ['a', 'b', '--weights=1,-0.5', '-o', 'out']
     """
     rest, gathered = list(args), list[str]()
@@ -54,11 +54,11 @@ def gather_weights(args: Sequence[str]) -> list[str]:
         if word == "--":
             return [*gathered, word, *rest]
         option, is_, first = word.partition("=")
-        if option in ("--weights", "-w") and (not is_ or ONE_NUMBER.fullmatch(first)):
+        if option in names and (not is_ or ONE_NUMBER.fullmatch(first)):
             numbers = [first] if is_ else []
             while rest and NUMBERS.fullmatch(rest[0]):
                 numbers.append(rest.pop(0))
-            word = f"--weights={','.join(n.rstrip(',') for n in numbers)}" if numbers else word
+            word = f"{names[0]}={','.join(n.rstrip(',') for n in numbers)}" if numbers else word
         gathered.append(word)
     return gathered
 
