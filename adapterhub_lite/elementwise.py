@@ -6,14 +6,14 @@ In blocks of rows, so that what is held beside the result is small.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .delta import Delta, Dense, LowRank
-from .rule import Part
+from .rule import Part, Place, Rule
 
 _BLOCK = 1 << 16  # entries of one adapter at once: what is computed with stays in the cache
 _HALF = 1 << 15  # values of the upper or the lower half of a positive float32's bits
@@ -167,6 +167,26 @@ def average(values: Tensor, weights: Tensor, agree: Tensor) -> Tensor:
         found.add_(torch.where(here, own, 0.0))
     none = total == 0
     return found.div_(total.masked_fill_(none, 1.0)).masked_fill_(none, 0.0)
+
+
+@torch.no_grad()
+def voted(
+    rule: Rule, parts: Sequence[Part], place: Place, density: float, inside: Literal["ties", "dare_ties"]
+) -> Tensor:
+    """TIES of matrices of shape `place.shape`: of each the largest entries, the sign of most, the mean of those.
+
+    With "dare_ties" of each some entries at random, divided by `density`, in place of the largest.
+    """
+    if inside == "ties":
+        kept = [threshold(part.delta, density) for part in parts]
+    else:
+        m = torch.stack([rule.uniform(part, place) < density for part in parts]) / density
+
+    def merged(D: Tensor, w: Tensor, which: slice) -> Tensor:  # D: (N, rows, in), w: (N, 1, 1)
+        D = trimmed(D, kept) if inside == "ties" else D * m[:, which]
+        return average(w * D, w, elected(D, w * D, 0.0) & (w != 0))
+
+    return by_rows(parts, place.shape, merged).W
 
 
 @torch.no_grad()

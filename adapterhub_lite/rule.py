@@ -87,8 +87,13 @@ class Rule:
 
     @property
     def keeps_one(self) -> bool:
-        """Whether one adapter with weight 1 is itself under these options, and so are equal ones by default weights."""
+        """Whether one adapter with weight 1 is itself under these options."""
         return True
+
+    @property
+    def keeps_equal(self) -> bool:
+        """Whether equal adapters, by default weights, are that adapter under these options."""
+        return self.keeps_one
 
     @property
     def passes(self) -> int:
