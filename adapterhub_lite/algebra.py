@@ -1,6 +1,6 @@
 """What can be computed with deltas: sum, inner product, norm, spectrum, SVD, size, optimal truncation, rounding.
 
-Every function is pure: it changes no argument and records no gradient. Whatever the
+Every function is pure, but for `negated`: it changes no argument and records no gradient. Whatever the
 dtype of the inputs, the arithmetic and the results are float64; only `total` and `rounded`
 keep the dtype of a factor, where nothing was computed. A matrix (out, in) is written
 out only where a delta has no smaller form.
@@ -322,6 +322,12 @@ def truncate(x: Delta, rank: int) -> tuple[LowRank, Delta]:
         rest = _dense(x).clone()
         return kept, Dense(rest.addmm_(kept.B, kept.A, alpha=-1) if rest.ndim == 2 else rest - kept.dense())
     return kept, LowRank(B[..., :, cut:].clone(memory_format=_ROWS), A[..., cut:, :].clone(memory_format=_ROWS))
+
+
+@torch.no_grad()
+def negated(x: Delta) -> Delta:
+    """-ΔW; the matrix of a Dense is negated itself, so that no other of its size is made: for one that nobody holds."""
+    return Dense(x.W.neg_()) if isinstance(x, Dense) else x.scaled(-1.0)
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ class WeightedSum:
         kept, dropped = algebra.truncate(whole.delta, rank)
         lost, bias = whole.lost, whole.bias
         del whole  # it may be a matrix, and the next is made
-        return Piece(kept, (*lost, dropped.scaled(-1.0)), bias)
+        return Piece(kept, (*lost, algebra.negated(dropped)), bias)
 
     def recipe(self) -> dict[str, Any]:
         return {"rule": "sum", "terms": [{"weight": w, **source.recipe()} for w, source in self.terms]}

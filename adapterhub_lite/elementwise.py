@@ -6,16 +6,17 @@ In blocks of rows, so that what is held beside the result is small.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .delta import Delta, Dense, LowRank
-from .rule import Part
+from .rule import Part, Place, Rule
 
 _BLOCK = 1 << 16  # entries of one adapter at once: what is computed with stays in the cache
+_LEAST = 1e-300  # to divide 0 by
 _HALF = 1 << 15  # values of the upper or the lower half of a positive float32's bits
 
 
@@ -25,11 +26,19 @@ def blocks(shape: tuple[int, ...]) -> Iterator[slice]:
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
-def rows(delta: Delta, which: slice) -> Tensor:
-    """Some rows of the matrix (rows, in), float64."""
+def ready(delta: Delta) -> LowRank | Dense:
+    """The same delta with float64 factors, where rows are taken again and again; a Sparse one written out."""
     if isinstance(delta, LowRank):
-        return (delta.scale * delta.B[which].double()) @ delta.A.double()
-    return (delta.W if isinstance(delta, Dense) else delta.dense())[which].double()
+        return LowRank(delta.B.detach().double(), delta.A.detach().double(), delta.scale)
+    return delta if isinstance(delta, Dense) else Dense(delta.dense())
+
+
+def rows(delta: Delta, which: slice, out: Tensor | None = None) -> Tensor:
+    """Some rows of the matrix (rows, in), float64; into `out` if it is given."""
+    if isinstance(delta, LowRank):
+        return torch.mm(delta.scale * delta.B[which].double(), delta.A.double(), out=out)
+    found = (delta.W if isinstance(delta, Dense) else delta.dense())[which].double()
+    return found if out is None else out.copy_(found)
 
 
 @torch.no_grad()
@@ -38,21 +47,29 @@ def by_rows(
 ) -> Dense:
     """`function` of all adapters' rows (N, rows, in), their weights (N, 1, 1) and which rows they are, put together.
 
+    The rows are the function's to overwrite.
+
     >>> parts = [Part(Dense(torch.eye(2)), 0.5), Part(Dense(torch.ones(2, 2)), 2.0)]
     >>> by_rows(parts, (2, 2), lambda D, w, which: (w * D).sum(0)).W.tolist()
     [[2.5, 2.0], [2.0, 2.5]]
     """
     W = torch.empty(shape, dtype=torch.float64)  # (out, in)
     w = torch.tensor([part.weight for part in parts], dtype=torch.float64)[:, None, None]
+    deltas = [ready(part.delta) for part in parts]
+    D: Tensor | None = None  # one for all blocks: fresh memory costs more than what is computed in it
     for which in blocks(shape):
-        W[which] = function(torch.stack([rows(part.delta, which) for part in parts]), w, which)
+        count = which.stop - which.start
+        D = torch.empty(len(parts), count, shape[1], dtype=torch.float64) if D is None else D[:, :count]
+        for i, delta in enumerate(deltas):
+            rows(delta, which, D[i])
+        W[which] = function(D, w, which)
     return Dense(W)
 
 
 @torch.no_grad()
 def sizes(delta: Delta) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The magnitudes of all entries (out · in,), rounded to float32, in which they are compared."""
-    found = np.empty(delta.shape, np.float32)
+    found, delta = np.empty(delta.shape, np.float32), ready(delta)
     for which in blocks(tuple(delta.shape)):
         found[which] = rows(delta, which).float().abs_().numpy()
     return found.reshape(-1)
@@ -75,8 +92,23 @@ def largest(D: Tensor, thresholds: Sequence[float]) -> Tensor:
 
 
 def trimmed(D: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """(N, rows, in) with 0 for the entries below the adapter's threshold."""
-    return torch.where(largest(D, thresholds), D, 0.0)
+    """(N, rows, in), in place, with 0 for the entries that are not among the `largest`."""
+    for own, threshold in zip(D, thresholds, strict=True):
+        torch.hardshrink(own, _below(threshold), out=own)
+    return D
+
+
+def _below(threshold: float) -> float:
+    """The largest float64 that float32 rounds to less than this float32, which is not negative; 0 of 0.
+
+    >>> [float(np.float32(x)) >= 1.0 for x in (_below(1.0), np.nextafter(_below(1.0), 2.0))]
+    [False, True]
+    """
+    if threshold in (0.0, float("inf")):
+        return threshold
+    at = np.float32(threshold)
+    middle = (float(np.nextafter(at, np.float32(0))) + float(at)) / 2  # rounded to the even one of the two
+    return float(np.nextafter(middle, 0.0)) if np.float32(middle) >= at else middle
 
 
 def threshold(delta: Delta, density: float) -> float:
@@ -98,7 +130,7 @@ class Counts(NamedTuple):
 @torch.no_grad()
 def count(delta: Delta, upper: int | None) -> Counts:
     """How many magnitudes have each value of the upper 16 bits; or with these upper bits, of the lower 15."""
-    found = np.zeros(2 * _HALF if upper is None else _HALF, np.int64)
+    found, delta = np.zeros(2 * _HALF if upper is None else _HALF, np.int64), ready(delta)
     for which in blocks(tuple(delta.shape)):
         bits = rows(delta, which).float().abs_().numpy().view(np.uint32).reshape(-1)
         if upper is None:
@@ -152,11 +184,10 @@ def elected(D: Tensor, votes: Tensor, tie: float) -> Tensor:
 
     An entry of 0 has no sign, and is in no majority.
     """
-    total = votes.sum(0)
-    positive, negative = total > 0, total < 0
+    sign = votes.sum(0).sign_()
     if tie > 0:
-        positive |= total == 0
-    return torch.where(positive, D > 0, negative & (D < 0))
+        sign.masked_fill_(sign == 0, tie)
+    return D * sign > 0
 
 
 def average(values: Tensor, weights: Tensor, agree: Tensor) -> Tensor:
@@ -164,15 +195,47 @@ def average(values: Tensor, weights: Tensor, agree: Tensor) -> Tensor:
     total, found = torch.zeros_like(values[0]), torch.zeros_like(values[0])
     for own, w, here in zip(values, weights.flatten().tolist(), agree, strict=True):
         total.add_(here, alpha=w)
-        found.add_(torch.where(here, own, 0.0))
+        found.add_(own * here)
     none = total == 0
     return found.div_(total.masked_fill_(none, 1.0)).masked_fill_(none, 0.0)
+
+
+def vote(D: Tensor, weights: Tensor) -> Tensor:
+    """The `average` by weights (N, 1, 1), none negative, of those `elected` by w D; D (N, rows, in) is overwritten.
+
+    >>> vote(torch.tensor([[[4.0, 1.0]], [[-3.0, 2.0]]]), torch.full((2, 1, 1), 0.5)).tolist()
+    [[4.0, 1.5]]
+    """
+    sign = D.mul_(weights).sum(0).sign_()
+    D.mul_(sign).clamp_(min=0)  # what agrees, as positive numbers
+    found = D.sum(0).mul_(sign)
+    return found.div_(D.sign_().mul_(weights).sum(0).clamp_(min=_LEAST))
+
+
+@torch.no_grad()
+def voted(
+    rule: Rule, parts: Sequence[Part], place: Place, density: float, inside: Literal["ties", "dare_ties"]
+) -> Tensor:
+    """TIES of matrices of shape `place.shape`: of each the largest entries, the sign of most, the mean of those.
+
+    With "dare_ties" of each some entries at random, divided by `density`, in place of the largest.
+    """
+    if inside == "ties":
+        kept = [threshold(part.delta, density) for part in parts]
+    else:
+        m = torch.stack([rule.drawn(part, place, density) for part in parts]) / density
+
+    def merged(D: Tensor, w: Tensor, which: slice) -> Tensor:  # D: (N, rows, in), w: (N, 1, 1)
+        D = trimmed(D, kept) if inside == "ties" else D.mul_(m[:, which])
+        return vote(D, w)
+
+    return by_rows(parts, place.shape, merged).W
 
 
 @torch.no_grad()
 def restoring(delta: Delta, mask: Tensor) -> float:
     """Σ |δ| / Σ |mask ∘ δ|: what makes up for masked entries in the sum of magnitudes; 1 where nothing is left."""
-    whole = left = 0.0
+    whole, left, delta = 0.0, 0.0, ready(delta)
     for which in blocks(tuple(delta.shape)):
         size = rows(delta, which).abs()
         whole += float(size.sum())

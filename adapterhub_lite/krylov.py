@@ -13,7 +13,7 @@ from torch import Tensor
 
 _EXTRA = 8  # columns of a block beside those that are wanted
 _STEPS = 40  # and no more: then the decomposition in full is as quick
-_RESIDUAL = 1e-7  # of the largest σ; what is lost of the captured energy is about the square of it
+_RESIDUAL = 1e-6  # of the largest σ²; what is lost of the captured energy is about the square of it
 
 
 def pays(shape: torch.Size, rank: int) -> bool:
@@ -24,7 +24,9 @@ def pays(shape: torch.Size, rank: int) -> bool:
 def leading(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """U (m, rank), σ (rank,) and Vᵀ (rank, n) of W (m, n), float64; None where they do not converge.
 
-    Of no matrix of that rank the distance from W is smaller by more than about 1e-12 of it. Deterministic.
+    Of no matrix of that rank the distance from W is smaller by more than about 1e-12 of it. Deterministic. The space is
+    found in float32, and the singular vectors in it, some more of them than are wanted, in float64: so those that have
+    nearly the same singular value are told apart as well as they can be.
 
     >>> W = torch.diag(torch.arange(600.0, 0.0, -1.0, dtype=torch.float64))
     >>> U, S, Vh = leading(W, 3)
@@ -34,6 +36,17 @@ def leading(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
     if W.shape[0] < W.shape[1]:
         found = leading(W.mT, rank)
         return None if found is None else (found[2].mT, found[1], found[0].mT)
+    size = float(torch.linalg.vector_norm(W))
+    V = _space(W.float() if 1e-20 < size < 1e20 else (W / (size or 1.0)).float(), rank)
+    if V is None:
+        return None
+    U = torch.linalg.qr(W @ V.double()).Q  # (m, b)
+    X, S, Vh = torch.linalg.svd(U.mT @ W, full_matrices=False)
+    return U @ X[:, :rank], S[:rank], Vh[:rank]
+
+
+def _space(W: Tensor, rank: int) -> Tensor | None:
+    """A basis (n, b) that has the leading right singular vectors of W (m, n) in its span; None if not found."""
     m, n = W.shape
     b = rank + _EXTRA
     start = torch.randn(n, b, generator=torch.Generator().manual_seed(0), dtype=W.dtype).to(W.device)
@@ -48,12 +61,11 @@ def leading(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
             R = factor @ R
         if step > 1:
             values, C = torch.linalg.eigh(WV.mT @ WV)  # ascending
-            values, C = values[-rank:], C[:, -rank:]
             # WᵀW v − σ² v of the approximate v = V C lies in the block that follows.
-            residual = (R @ C[-b:]).norm(dim=0)
+            residual = (R @ C[-b:, -rank:]).norm(dim=0)
             if bool((residual <= _RESIDUAL * values[-1].clamp(min=0)).all()):
-                U, S, Zh = torch.linalg.svd(WV @ C, full_matrices=False)
-                return U, S, Zh @ (V @ C).mT
+                found: Tensor = V @ C[:, -b:]
+                return found
         V, last = torch.cat([V, following], 1), following
         if V.shape[1] > n - b:
             return None

@@ -87,8 +87,13 @@ class Rule:
 
     @property
     def keeps_one(self) -> bool:
-        """Whether one adapter with weight 1 is itself under these options, and so are equal ones by default weights."""
+        """Whether one adapter with weight 1 is itself under these options."""
         return True
+
+    @property
+    def keeps_equal(self) -> bool:
+        """Whether equal adapters, by default weights, are that adapter under these options."""
+        return self.keeps_one
 
     @property
     def passes(self) -> int:
@@ -119,8 +124,16 @@ class Rule:
         """
         from .seed import uniform
 
-        seed = getattr(self, "seed", 0)
-        return uniform(place.shape, "rule", self.name, self.version, seed, place.name, part.key)
+        return uniform(place.shape, *self._key(part, place))
+
+    def drawn(self, part: Part, place: Place, chance: float) -> Tensor:
+        """Which entries of ΔW have a number of `uniform` below `chance`, bool (out, in): the same, in half the time."""
+        from .seed import below
+
+        return below(place.shape, chance, *self._key(part, place))
+
+    def _key(self, part: Part, place: Place) -> tuple[object, ...]:
+        return ("rule", self.name, self.version, getattr(self, "seed", 0), place.name, part.key)
 
 
 def shares(rule: Rule, weights: Sequence[float]) -> list[float]:

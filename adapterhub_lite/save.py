@@ -121,6 +121,9 @@ def measure(source: WeightedSum, *, dtype: str | None = None) -> RelativeError:
             return error
 
 
+_AT_ONCE = 1 << 16  # entries of a matrix that are measured together
+
+
 class Loss(NamedTuple):
     """‖stored − exact‖² and ‖exact‖² at one site."""
 
@@ -258,12 +261,29 @@ def _one_site(source: WeightedSum, planned: Plan, writer: Writer | None, name: s
 
 def _squares(piece: Piece, rounding: LowRank) -> tuple[float, float]:
     """‖missed‖² and ‖exact‖², without a bias."""
+    if any(isinstance(lost, Dense) for lost in piece.lost) and len(rounding.shape) == 2:
+        return _squares_by_rows(piece, rounding)
     missed = algebra.total([*piece.lost, rounding])
     if isinstance(missed, Dense):  # one matrix after the other
         lost_square, missed = algebra.norm(missed) ** 2, rounding
         return lost_square, algebra.norm(algebra.total([piece.delta, *(d.scaled(-1.0) for d in piece.lost)])) ** 2
     exact = algebra.total([piece.delta, *(d.scaled(-1.0) for d in piece.lost)])
     lost_square, size = (length**2 for length in algebra.norms([missed, exact]))
+    return lost_square, size
+
+
+def _squares_by_rows(piece: Piece, rounding: LowRank) -> tuple[float, float]:
+    """The same where a matrix is at hand: no other of its size is made."""
+    rows, columns = rounding.shape
+    step, lost_square, size = max(1, _AT_ONCE // columns), 0.0, 0.0
+    for start in range(0, rows, step):
+        lost, *more = (algebra.rows(delta, start, min(start + step, rows)) for delta in piece.lost)
+        for other in more:
+            lost = lost + other  # the first may be the matrix itself
+        exact = algebra.rows(piece.delta, start, min(start + step, rows)) - lost
+        missed = algebra.rows(rounding, start, min(start + step, rows)) + lost
+        lost_square += algebra.norm(Dense(missed)) ** 2
+        size += algebra.norm(Dense(exact)) ** 2
     return lost_square, size
 
 

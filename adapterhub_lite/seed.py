@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,23 @@ def uniform(shape: tuple[int, ...], *key: object) -> Tensor:
     Philox-4x64 (Salmon et al. 2011), whose stream numpy keeps from release to release; on the CPU, whatever device
     the numbers are for.
     """
+    bits = _words(shape, key) >> np.uint32(8)
+    return torch.from_numpy(bits.astype(np.float32)).mul_(2.0**-24).reshape(shape)
+
+
+def below(shape: tuple[int, ...], chance: float, *key: object) -> Tensor:
+    """Which of the numbers of `uniform` are below `chance`, a bool each, without making the numbers.
+
+    >>> bool((below((3, 5), 0.3, "name") == (uniform((3, 5), "name") < 0.3)).all())
+    True
+    """
+    limit = math.ceil(float(np.float32(chance)) * 2**24) << 8
+    return torch.from_numpy(_words(shape, key) < limit).reshape(shape)
+
+
+def _words(shape: tuple[int, ...], key: tuple[object, ...]) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """Random numbers of 32 bits, one for each entry."""
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
     count = math.prod(shape)
     words = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(-(-count // 2))
-    bits = np.asarray(words, "<u8").view("<u4")[:count] >> np.uint32(8)
-    return torch.from_numpy(bits.astype(np.float32)).mul_(2.0**-24).reshape(shape)
+    return np.asarray(words, "<u8").view("<u4")[:count]

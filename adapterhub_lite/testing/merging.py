@@ -72,8 +72,8 @@ def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     return largest / size if size > 0 else largest
 
 
-def _keeps_one(rule: Rule) -> str | None:
-    return None if rule.keeps_one else "declares keeps_one = False under these options"
+def _keeps_equal(rule: Rule) -> str | None:
+    return None if rule.keeps_equal else "declares keeps_equal = False under these options"
 
 
 def _draws(rule: Rule) -> str | None:
@@ -135,7 +135,7 @@ def one_adapter_is_itself(rule: Rule) -> str:
     return "another one, as declared"
 
 
-@check(_keeps_one)
+@check(_keeps_equal)
 def equal_adapters_are_one(rule: Rule) -> str:
     """Equal adapters, by default weights, are that adapter."""
     count = rule.takes or 3

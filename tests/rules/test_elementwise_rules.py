@@ -10,7 +10,7 @@ import torch
 from deltas import Matrix, close, dense, elect, largest, merged, parts
 from peft.utils import merge_utils
 
-from adapterhub_lite import ConfigError, Place, Rule
+from adapterhub_lite import ConfigError, Place, Rule, elementwise
 from adapterhub_lite.registry import registry
 
 
@@ -97,3 +97,22 @@ def elect_by_sum(Ds: list[Matrix], weights: list[float]) -> Matrix:
         agree = [(w, D[i]) for w, D in zip(weights, Ds, strict=True) if np.sign(D[i]) == sign[i]]
         found[i] = sum(w * d for w, d in agree) / sum(w for w, _ in agree) if agree else 0.0
     return found
+
+
+def test_thresholds_are_compared_in_float32() -> None:
+    rng = torch.Generator().manual_seed(0)
+    kept = torch.rand(50, generator=rng).add_(0.5).tolist()
+    for t in [1.0, float(np.nextafter(np.float32(1), np.float32(2))), 2.0**-130, *kept]:
+        near = np.float32(t)
+        middles = [(float(np.nextafter(near, np.float32(x))) + float(near)) / 2 for x in (0, 9)]
+        around = [*middles, *(np.nextafter(m, x) for m in middles for x in (0, 9)), float(near), 0.0]
+        D = torch.tensor([[[*around, *(-x for x in around)]]], dtype=torch.float64)
+        expected = torch.where(elementwise.largest(D, [float(near)]), D, 0.0)
+        assert torch.equal(elementwise.trimmed(D.clone(), [float(near)]), expected)
+
+
+def test_masks_are_the_numbers_below() -> None:
+    made, part = registry().rule("dare_linear")(), parts([1.0])[0]
+    for chance in (0.0, 0.2, 0.7, 1.0):
+        mask = made.drawn(part, Place("site", (13, 9)), chance)
+        assert torch.equal(mask, made.uniform(part, Place("site", (13, 9))) < chance)

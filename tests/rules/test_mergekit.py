@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from deltas import close, merged
 from safetensors import safe_open
 from torch import Tensor
@@ -52,9 +51,9 @@ def test_mergekit_computes_the_same(case: str, monkeypatch: pytest.MonkeyPatch) 
     weights = weights if isinstance(weights, list) else [weights] * count
     own = [Part(Dense(stored[f"change.{i}"]), weights[i], i, str(i)) for i in range(count)]
 
-    def uniform(self: Rule, part: Part, place: Place) -> Tensor:
-        return torch.where(stored[f"mask.{part.number}"] == 1, 0.0, 0.999)
+    def drawn(self: Rule, part: Part, place: Place, chance: float) -> Tensor:
+        return stored[f"mask.{part.number}"] == 1
 
-    monkeypatch.setattr(Rule, "uniform", uniform)
+    monkeypatch.setattr(Rule, "drawn", drawn)
     name, options = OURS[case]
     close(merged(registry().rule(name)(**options), own), stored[f"result.{case}"].numpy(), BOUND.get(case, 1e-10))

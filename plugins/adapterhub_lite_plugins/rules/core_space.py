@@ -54,19 +54,8 @@ class CoreSpace(Rule):
         V = self._basis(torch.cat([own.A.double() for own in low], 0).mT)  # (in, R')
         M = [(U.mT @ algebra.scaled_b(own)) @ (own.A.double() @ V) for own in low]  # (R, R') each
         small = [part._replace(delta=Dense(core)) for part, core in zip(parts, M, strict=True)]
-        shape = (U.shape[1], V.shape[1])
-        if self.inside == "ties":
-            kept = [elementwise.threshold(part.delta, self.density) for part in small]
-        else:
-            here = Place(place.name, shape)
-            m = torch.stack([self.uniform(part, here) < self.density for part in small]) / self.density
-
-        def merged(D: Tensor, w: Tensor, which: slice) -> Tensor:  # D: (N, rows, R'), w: (N, 1, 1)
-            D = elementwise.trimmed(D, kept) if self.inside == "ties" else D * m[:, which]
-            agree = elementwise.elected(D, w * D, 0.0) & (w != 0)
-            return self.scale * elementwise.average(w * D, w, agree)
-
-        return LowRank(U @ elementwise.by_rows(small, shape, merged).W, V.mT)
+        merged = elementwise.voted(self, small, Place(place.name, (U.shape[1], V.shape[1])), self.density, self.inside)
+        return LowRank(U @ (self.scale * merged), V.mT)
 
     def _basis(self, M: Tensor) -> Tensor:
         """The left singular vectors of M, those of zeros left out."""

@@ -40,7 +40,7 @@ class DareLinear(Rule):
 
         from adapterhub_lite import elementwise
 
-        m = torch.stack([self.uniform(part, place) < self.density for part in parts])  # (N, out, in)
+        m = [self.drawn(part, place, self.density) for part in parts]  # (out, in) each
         if self.variant == "mergekit" and self.density < 1:
             s = [elementwise.restoring(part.delta, own) for part, own in zip(parts, m, strict=True)]
         else:
@@ -48,7 +48,9 @@ class DareLinear(Rule):
         scale = torch.tensor(s, dtype=torch.float64)[:, None, None]
 
         def merged(D: Tensor, w: Tensor, which: slice) -> Tensor:  # D: (N, rows, in), w: (N, 1, 1)
-            return (w * scale * D * m[:, which]).sum(0)
+            for own, mask in zip(D.mul_(w * scale), m, strict=True):
+                own.mul_(mask[which])
+            return D.sum(0)
 
         return elementwise.by_rows(parts, place.shape, merged)
 

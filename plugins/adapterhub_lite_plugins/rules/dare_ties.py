@@ -50,7 +50,7 @@ class DareTies(Rule):
 
         from adapterhub_lite import elementwise
 
-        m = torch.stack([self.uniform(part, place) < self.density for part in parts])  # (N, out, in)
+        m = [self.drawn(part, place, self.density) for part in parts]  # (out, in) each
         if self.variant == "mergekit" and self.density < 1:
             s = [elementwise.restoring(part.delta, own) for part, own in zip(parts, m, strict=True)]
         else:
@@ -58,14 +58,14 @@ class DareTies(Rule):
         rescale = torch.tensor(s, dtype=torch.float64)[:, None, None]
 
         def merged(D: Tensor, w: Tensor, which: slice) -> Tensor:  # D: (N, rows, in), w: (N, 1, 1)
-            D = rescale * D * m[:, which]
+            for own, mask in zip(D.mul_(rescale), m, strict=True):
+                own.mul_(mask[which])
             if self.variant == "peft":
                 agree = elementwise.elected(D, D, 1.0)
                 return self.scale * elementwise.average(w * D, torch.ones_like(w), agree)
             if self.variant == "mergekit":
                 return self.scale * (w * D * elementwise.elected(w * D, w * D, 1.0)).sum(0)
-            agree = elementwise.elected(D, w * D, 0.0) & (w != 0)
-            return self.scale * elementwise.average(w * D, w, agree)
+            return elementwise.vote(D, w).mul_(self.scale)
 
         return elementwise.by_rows(parts, place.shape, merged)
 

@@ -65,8 +65,7 @@ class Della(Rule):
                 rank = D.abs().argsort(dim=-1, stable=True).argsort(-1).double()  # of each entry in its row
                 q = self.density - self.window / 2 + self.window * rank / max(D.shape[-1] - 1, 1)
                 D = D * (u[:, which] < q) / q
-            agree = elementwise.elected(D, w * D, 0.0) & (w != 0)
-            return self.scale * elementwise.average(w * D, w, agree)
+            return elementwise.vote(D, w).mul_(self.scale)
 
         return elementwise.by_rows(parts, place.shape, merged)
 

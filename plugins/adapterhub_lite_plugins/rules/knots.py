@@ -63,8 +63,7 @@ class Knots(Rule):
 
         def merged(D: Tensor, w: Tensor, which: slice) -> Tensor:  # D: (N, rows, in), w: (N, 1, 1)
             D = elementwise.trimmed(D, kept)
-            agree = elementwise.elected(D, w * D, 0.0) & (w != 0)
-            return self.scale * elementwise.average(w * D, w, agree)
+            return elementwise.vote(D, w).mul_(self.scale)
 
         return LowRank(U, elementwise.by_rows(aligned, (U.shape[1], place.shape[1]), merged).W)
 

@@ -75,8 +75,10 @@ class Ties(Rule):
             if self.variant == "peft":
                 agree = elementwise.elected(D, D, tie)
                 return self.scale * elementwise.average(w * D, torch.ones_like(w), agree)
-            agree = elementwise.elected(D, w * D, tie) & (w != 0)
-            return self.scale * elementwise.average(w * D, w, agree)
+            if tie:
+                agree = elementwise.elected(D, w * D, tie) & (w != 0)
+                return self.scale * elementwise.average(w * D, w, agree)
+            return elementwise.vote(D, w).mul_(self.scale)
 
         return elementwise.by_rows(parts, place.shape, merged)
 
