@@ -21,6 +21,7 @@ from ..adapter import Adapter, load, merge
 from ..checkpoint import Checkpoint, TensorInfo, dtype_name
 from ..errors import ConfigError, FileError, NotMergeable, UnknownName
 from ..format import is_floating
+from ..hub.pull import snapshot
 from ..per_site import Weight
 from ..registry import registry
 from ..seed import generator
@@ -129,11 +130,12 @@ def read(folder: Path, routers: compose.Routers | None = None) -> Saved:
 
 
 def lower(folder: Path) -> tuple[Adapter, dict[str, Weight]]:
-    """The composition in `folder` as one adapter Σ wᵢ ΔWᵢ, computed when it is saved, and the weights.
+    """The composition in `folder`, or on the Hub, as one adapter Σ wᵢ ΔWᵢ, computed when it is saved, and the weights.
 
     They differ from layer to layer where a router has weights of its own at each. `NotMergeable` if it is none: for
     gates now, for methods when it is planned or saved.
     """
+    folder = snapshot(folder, deep=True)
     saved = read(folder)
     adapters = {name: load(folder / ADAPTERS / name) for name in compose.names(saved.tree)}
     weights: dict[str, Weight] = {}
