@@ -215,7 +215,12 @@ def test_dry_run(adapter: Command, ab: Path) -> None:
     done = adapter("merge", "a", "b", "--weights", "1 1", "--rank", 3, "-o", "new/out", "--json").json
     for module in done["modules"].values():
         del module["error"]
-    assert {**done, "dry_run": True, "hub": None} == {**told, "out": "new/out", "error": done["error"], "error_of": "delta"}
+    assert {**done, "dry_run": True, "hub": None} == {
+        **told,
+        "out": "new/out",
+        "error": done["error"],
+        "error_of": "delta",
+    }
     assert "--force" in adapter("merge", "a", "b", "--dry-run", "-o", "new/out", "--weights", "1 1").err
     assert adapter("merge", "a", "b", "--dry-run", "-o", "new/out", "--force", "--weights", "1 1").err == ""
 
