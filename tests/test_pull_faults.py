@@ -44,18 +44,8 @@ def left(tmp_path: Path) -> list[str]:
 
 RATE = {"status": 429, "headers": {"Retry-After": "7"}}
 CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
-    "missing": (
-        "/revision/",
-        {"status": 404, "code": "RepoNotFound"},
-        "missing",
-        "run 'hf auth login' if it is private",
-    ),
-    "private": (
-        "/revision/",
-        {"status": 401, "code": "RepoNotFound"},
-        "missing",
-        "run 'hf auth login' if it is private",
-    ),
+    "missing": ("/revision/", {"status": 404, "code": "RepoNotFound"}, "missing", "login' if it is private"),
+    "private": ("/revision/", {"status": 401, "code": "RepoNotFound"}, "missing", "login' if it is private"),
     "revision": ("/revision/", {"status": 404, "code": "RevisionNotFound"}, "missing", "has no such revision"),
     "gated": ("/resolve/", {"status": 403, "code": "GatedRepo"}, "gated", "ask for access"),
     "entry": ("/resolve/", {"status": 404, "code": "EntryNotFound"}, "missing", "has no such file"),
@@ -204,7 +194,7 @@ def test_damages_in_xet_are_detected(hub: HubServer, sql: Path, tmp_path: Path, 
     else:
         for xorb in (tmp_path / "xet_store").glob("xet/xorbs/xorbs/default.*"):
             content = bytearray(xorb.read_bytes())
-            content[len(content) // 2] ^= 0xFF
+            content = bytearray(byte ^ (0xFF if at % 50 == 20 else 0) for at, byte in enumerate(content))
             xorb.chmod(0o600)
             xorb.write_bytes(content)
     with pytest.raises(HubError) as refused:

@@ -93,19 +93,11 @@ def merge_into(
 
         reference = on_hub(base)
         found = None if reference is None else find(reference, BASE)
-        plan = planned(
-            BaseModel.open(base if found is None else found.folder), adapter, weights=own, any_base=any_base, keep=keep
-        )
+        model = BaseModel.open(base if found is None else found.folder)
+        plan = planned(model, adapter, weights=own, any_base=any_base, keep=keep)
         if as_json:
-            print_json(
-                {
-                    "dry_run": True,
-                    "base": str(base),
-                    "adapters": _terms(refs, weights),
-                    **_facts(plan),
-                    **told(inputs, found),
-                }
-            )
+            facts = {**_facts(plan), **told(inputs, found)}
+            print_json({"dry_run": True, "base": str(base), "adapters": _terms(refs, weights), **facts})
         elif not quiet:
             click.echo(_summary(plan, "would write", out))
             spoken(inputs, found)

@@ -194,8 +194,8 @@ def merge(
         if said:
             click.echo(said, err=True)
         if as_json:
-            found = {**_report(planned, names, asked.weights, asked.rule), **_foretold(planned)}
-            print_json({"dry_run": True, **found, **told(asked.inputs)})
+            plain = {**_report(planned, names, asked.weights, asked.rule), **_foretold(planned)}
+            print_json({"dry_run": True, **plain, **told(asked.inputs)})
         elif not quiet:
             click.echo(summary(planned, "would write", out))
             click.echo(_forecast(planned, verbose))
