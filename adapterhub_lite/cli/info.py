@@ -12,7 +12,7 @@ from ..checkpoint import ITEMSIZE
 from ..errors import printable
 from ..source import OnHub, Stored, stored
 from .output import print_json, size, table
-from .transferred import of_hub, spoken
+from .transferred import line, told
 
 if TYPE_CHECKING:
     from ..protocol import Method
@@ -28,7 +28,7 @@ DEEPEST = 8  # sums in sums that are written out
 def info(ref: str, as_json: bool, verbose: bool) -> None:
     """Show what the adapter REF is; its tensors are not read, and of one on the Hub they are not fetched."""
     adapter = stored(ref)
-    report = {**describe(adapter), "hub": of_hub([adapter])}
+    report = {**describe(adapter), **told([adapter])}
     if as_json:
         print_json(report)
         return
@@ -54,7 +54,7 @@ def info(ref: str, as_json: bool, verbose: bool) -> None:
         lines.append(("made by", _formula(report["recipe"])))
         lines += [("weights by", said)] if (said := _search(report["recipe"].get("search"))) else []
     if isinstance(adapter, OnHub):
-        lines += [("commit", adapter.found.reference.revision), ("transferred", spoken(of_hub([adapter])))]
+        lines += [("commit", adapter.found.reference.commit), ("transferred", line([adapter.found]))]
     width = max(len(name) for name, _ in lines)
     click.echo("\n".join(f"{name.ljust(width)}  {_shown(value)}" for name, value in lines))
     if verbose:

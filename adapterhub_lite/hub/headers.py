@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import threading
@@ -14,8 +13,8 @@ from pathlib import Path
 from ..checkpoint import MAX_HEADER, later
 from ..errors import HubError
 from .listing import File, Listing, digests, listed, remember
-from .pull import ADAPTER, BASE, Pulled, cached, chosen, fetch, note_branch, resolve, told_of
-from .reference import Reference, on_hub
+from .pull import ADAPTER, Pulled, cached, chosen, fetch, note_branch, resolve, told_of
+from .reference import Reference
 from .wire import Transfer, part
 
 FIRST = 1 << 14  # bytes of a safetensors file that are asked for first
@@ -39,20 +38,11 @@ class Found:
         return sum(file.size for file in self.files.values())
 
 
-def folder(ref: str | os.PathLike[str]) -> Path:
-    """The folder `ref` if there is one, else that of a model on the Hub, of which only the headers are fetched."""
-    reference = on_hub(ref)
-    if reference is None:
-        return Path(ref)
-    found = find(reference, BASE)
-    _KEPT.append(found)
-    return found.folder
-
-
-def find(reference: Reference, patterns: Sequence[str] = ADAPTER) -> Found:
+def find(reference: Reference, patterns: Sequence[str] = ADAPTER, *, deep: bool = False) -> Found:
     """The folder's headers; of one that is in the cache already, its files, verified.
 
-    What is not there yet is fetched, whole and verified, when a tensor is first read: see `checkpoint.later`.
+    What is not there yet is fetched, whole and verified, when a tensor is first read: see `checkpoint.later`. The
+    headers are there as long as what is returned is.
     """
     from huggingface_hub import constants
 
@@ -60,16 +50,17 @@ def find(reference: Reference, patterns: Sequence[str] = ADAPTER) -> Found:
     pinned = resolve(reference, transfer)
     with told_of(reference):
         listing = listed(pinned.repo, pinned.commit, transfer, reference)
-    files = chosen(listing, reference, patterns)
+    files = chosen(listing, reference, patterns, deep=deep)
     note_branch(reference, pinned)
     if constants.HF_HUB_OFFLINE or cached(listing, list(files.values())) is not None:
-        return Found(pinned, fetch(pinned, patterns=patterns).folder, files, transfer)
+        return Found(pinned, fetch(pinned, patterns=patterns, deep=deep).folder, files, transfer)
     remember(listing)
     folder = Path(tempfile.mkdtemp(prefix="adapter-headers-"))
     found = Found(pinned, folder, files, transfer)
     weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
-    rest = _Rest(pinned, patterns)
+    rest = _Rest(pinned, patterns, deep)
     for name, file in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".safetensors"):
             with told_of(reference):
                 header = _header(listing, file, transfer)
@@ -100,14 +91,12 @@ def _whole(listing: Listing, file: File, transfer: Transfer, reference: Referenc
     raise HubError(what, where=reference, fix="it was fetched twice: try later, or ask its owner", reason="corrupt")
 
 
-_KEPT: list[Found] = []  # models whose headers are in use until the process ends
-
-
 class _Rest:
     """The whole folder, once anything of it is asked for."""
 
-    def __init__(self, reference: Reference, patterns: Sequence[str]) -> None:
-        self.reference, self.patterns, self.lock = reference, patterns, threading.Lock()
+    def __init__(self, reference: Reference, patterns: Sequence[str], deep: bool) -> None:
+        self.reference, self.patterns, self.deep = reference, patterns, deep
+        self.lock = threading.Lock()
         self.pulled: Pulled | None = None
 
     def of(self, name: str, header: bytes) -> _One:
@@ -116,7 +105,7 @@ class _Rest:
     def get(self) -> Pulled:
         with self.lock:
             if self.pulled is None:
-                self.pulled = fetch(self.reference, patterns=self.patterns)
+                self.pulled = fetch(self.reference, patterns=self.patterns, deep=self.deep)
             return self.pulled
 
 

@@ -21,7 +21,7 @@ from ..adapter import Adapter, load, merge
 from ..checkpoint import Checkpoint, TensorInfo, dtype_name
 from ..errors import ConfigError, FileError, NotMergeable, UnknownName
 from ..format import is_floating
-from ..hub.pull import snapshot
+from ..hub.pull import ADAPTER, snapshot
 from ..per_site import Weight
 from ..registry import registry
 from ..seed import generator
@@ -135,7 +135,7 @@ def lower(folder: Path) -> tuple[Adapter, dict[str, Weight]]:
     They differ from layer to layer where a router has weights of its own at each. `NotMergeable` if it is none: for
     gates now, for methods when it is planned or saved.
     """
-    folder = snapshot(folder, deep=True)
+    folder = snapshot(folder, patterns=ADAPTER)
     saved = read(folder)
     adapters = {name: load(folder / ADAPTERS / name) for name in compose.names(saved.tree)}
     weights: dict[str, Weight] = {}
