@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from .errors import FileError
+from ..errors import FileError
 
 PATTERNS = (
     "*.safetensors",
