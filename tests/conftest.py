@@ -21,9 +21,10 @@ from torch import Tensor, nn
 collect_ignore = ["golden"]  # scripts that need another environment, and what they made
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from hub_server import HubServer
     from peers import Peer
 
 PREFIX = "base_model.model."
@@ -205,3 +206,50 @@ def peft_agrees() -> PeftAgrees:
         assert (output(peer.build().double(), peer) - expected).abs().max() > 1e-3  # or nothing was tested
 
     return check
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub of our own, with Xet, at which huggingface_hub looks: as the user `me`, with an empty cache.
+
+    The client's pauses between its attempts are left out; it gives up on an answer after half a second.
+    """
+    from hub_server import HubServer
+    from huggingface_hub import constants, hf_api
+    from huggingface_hub.utils import _http
+
+    home = tmp_path / "hf_home"
+    with HubServer(tmp_path / "xet_store") as server:
+        values = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "AGENT_HARNESSES_PATH": str(home / "agents.json"),
+            "HF_HUB_ETAG_TIMEOUT": 0.5,
+            "HF_HUB_DOWNLOAD_TIMEOUT": 0.5,
+        }
+        for name, value in values.items():  # read from the environment when it was imported
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(_http, "time", Unhurried())
+        monkeypatch.setenv("HF_TOKEN", "hf_me")
+        _http.close_session()
+        yield server
+        _http.close_session()
+
+
+class Unhurried:
+    """The module `time`, as far as the client's HTTP needs it, without waiting."""
+
+    def __init__(self) -> None:
+        self.slept: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+
+    def __getattr__(self, name: str) -> Any:
+        import time
+
+        return getattr(time, name)
