@@ -13,6 +13,7 @@ from . import frontmatter
 NAME = "README.md"
 BEGIN, END = "<!-- adapterhub-lite: begin -->", "<!-- adapterhub-lite: end -->"
 LIBRARY = "adapterhub-lite"
+OURS = frozenset(["base_model", "base_model_relation", "library_name", "tags", "license", "datasets"])
 LONGEST = 300  # characters of a value
 MOST = 40  # rows of a table
 _ON_THE_HUB = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
@@ -86,12 +87,13 @@ def card(
     return made.replace("\n", "\r\n") if "\r\n" in (old or "") else made
 
 
-def has_text(text: str) -> bool:
-    """Whether somebody wrote something into the card, beside what we write."""
-    _, body = frontmatter.split(text.replace("\r\n", "\n"))
+def by_hand(text: str, title: str) -> str:
+    """What somebody wrote into the card, beside what we write: text, and entries of the metadata that are not ours."""
+    yaml_text, body = frontmatter.split(text.replace("\r\n", "\n"))
     before, _, rest = body.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return bool(re.sub(r"\A\s*# [^\n]*\n", "", before).strip() or after.strip())
+    own = before.strip().removeprefix(f"# {inline(title)}") + rest.partition(END)[2]
+    others = sorted(frontmatter.read(yaml_text, NAME).keys() - OURS)
+    return "\n".join([own.strip(), *others]).strip()
 
 
 def _with_section(body: str, section: str, where: object) -> str:
