@@ -240,7 +240,7 @@ def test_a_composition(tmp_path: Path) -> None:
     found = content.read(tmp_path / "c")
     assert (found.kind, len(found.files)) == ("composition", 5)
     text = written(tmp_path / "c")
-    assert 'adapters.load_composition("sql")' in text
+    assert 'adapters.load_composition("me/sql")' in text
     assert "### `a`" in text
     assert "### `b`" in text
     assert leaks({"README.md": text}) == []

@@ -77,7 +77,7 @@ TOKENS = [
     f'"api_key": "{letters(32)}7"',
 ]
 MAILS = ["mara.keller@acme.io", "m_k+hub@uni-example.de", "mara@cs.acme-university.edu"]
-NAMES = ["trained by mkeller on the weekend", "run-mkeller-3", "/srv2/mkeller", "mkeller"]
+NAMES = ["trained by mkeller on the weekend", "run-mkeller-3", "srv2/mkeller/x", "mkeller"]
 BARE = ['"output_dir": "/ckpt"', "--model_path /models/x", "data_dir=/corpus"]
 SEEDED = [*PATHS, *TOKENS, *MAILS, *NAMES, *BARE]
 
@@ -123,7 +123,7 @@ tags: [lora, text-generation]
 
 Rank 16/alpha 32, trained and/or evaluated on 2/3 of the data (n=1/10);
 see https://huggingface.co/my-org/base-7b/tree/main,
-<https://arxiv.org/abs/2106.09685> and [the docs](/docs/transformers/main/en/index). `owner/name@v1.2` or
+<https://arxiv.org/abs/2106.09685> and [the docs](/docs/transformers/main/en/index). `owner/name@v1.2`, mkeller/base or
 someone/model@main.
 
 ```python

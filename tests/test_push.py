@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils import disable_progress_bars
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import adapterhub_lite as ah
 from adapterhub_lite.errors import AdapterError, ConfigError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     Command = Callable[..., Done]
 
-ROOT = Path(__file__).parents[1]
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 LAYERS = {"net.layers.0.q": 2, "net.layers.0.k": 2}
 COMMIT = "/commit/"
 
@@ -155,6 +156,51 @@ def test_a_private_model(hub: HubServer, own: Path, adapter: Command, monkeypatc
     assert commits(hub) == 1
 
 
+@pytest.mark.parametrize("xet", [True, False])
+def test_what_is_pushed_is_pulled(hub: HubServer, own: Path, adapter: Command, tmp_path: Path, xet: bool) -> None:
+    hub.xet = hub.xet if xet else None
+    assert adapter("push", own, "me/sql", "--private").code == 0
+    done = adapter("pull", "me/sql", "-o", tmp_path / "back")
+    assert done.code == 0, done
+    back = local(tmp_path / "back")
+    assert back.pop("README.md") == files(hub, "me/sql")["README.md"]
+    assert back == local(own)
+    done = adapter("push", tmp_path / "back", "me/sql")  # and nothing has changed on the way
+    assert "nothing to commit" in done.out
+
+
+def test_the_two_lines_of_the_readme(
+    hub: HubServer, handmade: Handmade, adapter: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = re.search(r"^adapter merge someone/a someone/b .* &&\nadapter push merged me/merged$", README, re.MULTILINE)
+    assert found is not None
+    parts = {name: handmade(tmp_path / name, LAYERS, seed=n, base_model_name_or_path="my-org/base-7b")
+             for n, name in enumerate("ab")}  # fmt: skip
+    for name, folder in parts.items():
+        hub.add(f"someone/{name}", folder)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for line in found[0].split("&&"):
+        done = adapter(*shlex.split(line)[1:])
+        assert done.code == 0, done
+    there = tmp_path / "there"
+    there.mkdir()
+    for name, data in files(hub, "me/merged").items():
+        (there / name).write_bytes(data)
+    merged = ah.load(there)
+    tensors = {name: load_file(folder / "adapter_model.safetensors") for name, folder in parts.items()}
+    for site in LAYERS:
+        expected = torch.zeros(merged.sites[site].shape, dtype=torch.float64)
+        for name, weight in {"a": 0.7, "b": 0.3}.items():
+            A, B = (tensors[name][f"base_model.model.{site}.lora_{x}.weight"].double() for x in "AB")
+            expected += weight * 4 * B @ A  # alpha 8, rank 2
+        torch.testing.assert_close(merged.delta(site).dense().double(), expected, rtol=1e-5, atol=1e-5)
+    card = files(hub, "me/merged")["README.md"].decode()
+    for name in "ab":
+        sha = hub.storage.repos[f"someone/{name}"].head.sha
+        assert f"[someone/{name}@{sha[:7]}](https://huggingface.co/someone/{name}/tree/{sha})" in card
+
+
 # The card --------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +235,17 @@ def test_leaks_are_refused(hub: HubServer, own: Path, adapter: Command) -> None:
     assert hub.seen == []
     assert adapter("push", own, "me/sql", "--allow-leaks").code == 0
     assert "notes.txt" in files(hub, "me/sql")
+
+
+def test_ones_own_name_is_a_leak_but_as_the_owner(
+    hub: HubServer, own: Path, adapter: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("USER", "mkeller")
+    hub.storage.users["hf_mk"] = "mkeller"
+    monkeypatch.setenv("HF_TOKEN", "hf_mk")
+    (own / "notes.txt").write_text("by mkeller")
+    adapter("push", own, "me/sql").refused("would publish a user name, mkeller, at notes.txt:1")
+    assert adapter("push", own, "mkeller/sql").code == 0
 
 
 def test_a_dry_run_asks_nobody(hub: HubServer, own: Path, adapter: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ class Told:
     formula: str | None = None
     """How it was made."""
     inputs: Sequence[tuple[str, Mapping[str, str]]] = ()
-    """Of what: names, and digests by file."""
+    """Of what: names as Markdown, and digests by file."""
     parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Facts of each adapter in it."""
     also: Sequence[str] = ()
@@ -124,7 +124,7 @@ def _lines(told: Told) -> Iterator[str]:
     if told.inputs:
         yield from ("", "| made of | file | SHA-256 |", "|---|---|---|")
         rows = [
-            f"| {code(name)} | {code(file)} | {code(digest)} |"
+            f"| {name} | {code(file)} | {code(digest)} |"
             for name, digests in told.inputs
             for file, digest in digests.items()
         ]

@@ -155,7 +155,9 @@ def _names(people: Collection[str]) -> list[Pattern]:
         if folder and _ANYBODY.fullmatch(Path(name).name or "root"):
             continue
         kind = "an absolute path" if folder else "a user name"
-        patterns.append((kind, re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])")))
+        own = re.escape(name)
+        hub = "" if folder else rf"(?!(?<![/\\]{own})/\w)"  # the same name on the Hub: mara/model
+        patterns.append((kind, re.compile(rf"(?<![A-Za-z0-9]){own}(?![A-Za-z0-9]){hub}")))
     return patterns
 
 

@@ -17,7 +17,7 @@ from ..errors import AdapterError, ConfigError, FileError
 from .card import NAME as CARD
 from .card import by_hand, card
 from .content import Content, File, read
-from .leaks import Leak, leaks, refuse
+from .leaks import Leak, leaks, refuse, whoever
 from .refusals import refusal
 from .telling import told
 
@@ -97,7 +97,8 @@ def push(
     _check(repo, revision, pr, license)
     content = read(Path(out), progress)
     page = _Page(content, repo, license, tuple(datasets))
-    found = leaks({**{name: file.path for name, file in content.files.items()}, CARD: page.text(None)})
+    scanned = {**{name: file.path for name, file in content.files.items()}, CARD: page.text(None)}
+    found = leaks(scanned, people=whoever() - {repo.partition("/")[0]})  # whose name is on the page anyway
     if not allow_leaks and not dry_run:
         refuse(found, out)
     planned = Pushed(

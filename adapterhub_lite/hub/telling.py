@@ -14,6 +14,7 @@ from ..recipe import size
 from ..source import Stored, stored
 from .card import LIBRARY, Told, class_of, code, inline, on_the_hub
 from .content import ADAPTERS, COMPOSITION, Content
+from .reference import Reference, parse
 
 DEEPEST = 32  # sums in sums
 TOOLS = "With `adapterhub-lite`:"
@@ -43,7 +44,7 @@ def _adapter(own: Stored, repo: str) -> Told:
         facts=_facts(own),
         usage=usage,
         formula=formula(recipe) if isinstance(recipe, dict) else None,
-        inputs=list(_inputs(recipe)),
+        inputs=_sources(recipe),
     )
 
 
@@ -52,8 +53,6 @@ def _composition(content: Content, repo: str) -> Told:
     tree = strict_json.read(content.folder / COMPOSITION, missing="save it again")["composition"]
     bases = {part.own.base for part in parts.values()}
     base = bases.pop() if len(bases) == 1 else None
-    load = _loaded(base, repo.partition("/")[2], "", "load_composition")
-    name = repo.partition("/")[2]
     return Told(
         relation="adapter",
         library=LIBRARY,
@@ -64,10 +63,7 @@ def _composition(content: Content, repo: str) -> Told:
             "base model": _base(base),
             "size": size(sum(file.size for file in content.files.values())),
         },
-        usage=[
-            ("Fetch it:", "sh", f"adapter pull {repo} -o {name}"),
-            (TOOLS, "python", load),
-        ],
+        usage=[(TOOLS, "python", _loaded(base, repo, "", "load_composition"))],
         parts={name: _facts(part) for name, part in parts.items()},
     )
 
@@ -90,7 +86,7 @@ def _model(content: Content, repo: str) -> Told:
         if isinstance(unchanged, (int, float)):
             facts["unchanged weights"] = f"{unchanged:.1%} of those at the adapted layers"
     load = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{repo}")'
-    check = f"adapter pull {repo} -o model\nadapter verify model"
+    check = f"hf download {repo} --local-dir model\nadapter verify model"
     usage = [("With transformers:", "python", load)] if model.config else []
     return Told(
         relation="merge",
@@ -100,7 +96,8 @@ def _model(content: Content, repo: str) -> Told:
         facts=facts,
         usage=[*usage, ("Whether every file is what was written:", "sh", check)],
         formula=f"{base or 'the base model'} + {formula(recipe.get('of'))}",
-        inputs=list(_inputs(recipe.get("of"))),
+        inputs=_sources(recipe.get("of")),
+        also=_repos(recipe.get("of")),
     )
 
 
@@ -162,13 +159,34 @@ def _class(config: Mapping[str, Any]) -> str:
     return "AutoModel"
 
 
-def _inputs(recipe: Any, depth: int = 0) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """The adapters in a recipe and their digests; a stranger's header may hold anything."""
+def _inputs(recipe: Any, depth: int = 0) -> Iterator[tuple[str, str, Mapping[str, str]]]:
+    """The adapters in a recipe: name, reference to the Hub or "", digests; a stranger's header may hold anything."""
     match recipe:
         case {"adapter": str(name), "sha256": {**digests}}:
-            yield name, {str(file): str(digest) for file, digest in digests.items()}
+            yield name, str(recipe.get("hub", "")), {str(file): str(digest) for file, digest in digests.items()}
         case {"of": of} if depth < DEEPEST:
             yield from _inputs(of, depth + 1)
         case {"terms": [*terms]} if depth < DEEPEST:
             for term in terms:
                 yield from _inputs(term, depth + 1)
+
+
+def _sources(recipe: Any) -> list[tuple[str, Mapping[str, str]]]:
+    """The same as Markdown: what came from the Hub is linked to, at its commit."""
+    found = []
+    for name, hub, digests in _inputs(recipe):
+        reference = parse(hub)
+        linked = reference is not None and reference.pinned
+        found.append((_link(reference) if reference is not None and linked else code(name), digests))
+    return found
+
+
+def _link(reference: Reference) -> str:
+    short = f"{reference.repo}@{str(reference.revision)[:7]}"
+    return f"[{short}](https://huggingface.co/{reference.repo}/tree/{reference.revision})"
+
+
+def _repos(recipe: Any) -> list[str]:
+    """The models on the Hub that it was made of."""
+    found = (parse(hub) for _, hub, _ in _inputs(recipe))
+    return list(dict.fromkeys(reference.repo for reference in found if reference is not None))
