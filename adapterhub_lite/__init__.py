@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .errors import AdapterError as AdapterError
     from .errors import ConfigError as ConfigError
     from .errors import FileError as FileError
+    from .errors import HubError as HubError
     from .errors import NotMergeable as NotMergeable
     from .errors import OutputExists as OutputExists
     from .errors import PluginError as PluginError
@@ -86,6 +87,7 @@ _HOME = {
     "AdapterError": "errors",
     "ConfigError": "errors",
     "FileError": "errors",
+    "HubError": "errors",
     "NotMergeable": "errors",
     "OutputExists": "errors",
     "PluginError": "errors",

@@ -8,7 +8,7 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from . import sketch as sketches
-from .checkpoint import TensorInfo, sha256
+from .checkpoint import TensorInfo, sha256, whole
 from .errors import NotMergeable
 from .format import Contents, SiteContents
 
@@ -180,7 +180,7 @@ def equal(a: TensorInfo, b: TensorInfo) -> bool:
     """Bit by bit, in bounded memory: a head can have a gigabyte."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    with open(a.path, "rb") as one, open(b.path, "rb") as two:
+    with open(whole(a.path), "rb") as one, open(whole(b.path), "rb") as two:
         one.seek(a.start)
         two.seek(b.start)
         return all(one.read(n) == two.read(n) for at in range(a.start, a.stop, CHUNK) if (n := min(CHUNK, a.stop - at)))

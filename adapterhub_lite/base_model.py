@@ -15,6 +15,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint, TensorInfo, damaged, shown, unpickle
 from .errors import FileError, nearest
+from .hub.reference import in_cache
 
 CONFIG = "config.json"
 INDEX = ".safetensors.index.json"
@@ -40,6 +41,14 @@ class BaseModel:
     """Files beside the weights, which a copy of the model has too: config, tokenizer, generation config, templates."""
     left: tuple[PurePosixPath, ...]
     """Files that hold the same weights in another format, or a pickle: no copy of ours has them."""
+
+    @property
+    def named(self) -> dict[str, str]:
+        """What to record of it: the folder's name, or the repository's on the Hub, and where there."""
+        there = in_cache(self.folder.absolute())
+        if there is None:
+            return {"name": self.folder.resolve().name}
+        return {"name": there.repo.rpartition("/")[2], "hub": str(there)}
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> BaseModel:

@@ -16,13 +16,13 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import FileError, os_error
 
 if TYPE_CHECKING:
     import io
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
 
@@ -119,7 +119,7 @@ class TensorInfo:
         return bytes(data)
 
     def _read_into(self, view: memoryview) -> None:
-        with _opened(self.path) as file:
+        with _opened(whole(self.path)) as file:
             file.seek(self.start)
             while len(view):
                 got = file.readinto(view)
@@ -144,7 +144,7 @@ class Checkpoint:
         """Read and check the header of the file at `path`; FileError if anything is wrong with it."""
         path = Path(path)
         with _opened(path) as file:
-            size = os.fstat(file.fileno()).st_size
+            size = _LATER[path].size if path in _LATER else os.fstat(file.fileno()).st_size
             head = file.read(64)
             if head[8:9] != b"{":
                 raise _not_safetensors(head, size, path)
@@ -168,6 +168,27 @@ class Checkpoint:
         except ValueError as error:
             raise damaged(str(error), path) from None
         return cls(path, _checked_places(reader.tensors, 8 + length, size, path), reader.metadata or {})
+
+
+class _Later(NamedTuple):
+    size: int
+    fetch: Callable[[], Path]
+
+
+_LATER: dict[Path, _Later] = {}  # files of which only the header is here yet
+
+
+def later(path: Path, size: int, fetch: Callable[[], Path]) -> None:
+    """Let the file at `path`, which has a header and nothing behind it, stand for one of `size` bytes.
+
+    `fetch` is called when a tensor is read, and gives the path of the whole file.
+    """
+    _LATER[path] = _Later(size, fetch)
+
+
+def whole(path: Path) -> Path:
+    """Where the bytes of the file at `path` are: there, unless it stands for another, which is then fetched."""
+    return _LATER[path].fetch() if path in _LATER else path
 
 
 class _HeaderReader:
@@ -388,7 +409,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file, in hexadecimal. Other threads run meanwhile."""
     digest = hashlib.sha256()
     block = memoryview(bytearray(BLOCK))
-    with _opened(Path(path)) as file:
+    with _opened(whole(Path(path))) as file:
         while got := file.readinto(block):
             digest.update(block[:got])
     return digest.hexdigest()
@@ -419,6 +440,6 @@ def check_finite(tensor: torch.Tensor, info: TensorInfo, *, fix: str = "") -> No
     first = f", the first at {bad[0].tolist()}" if info.shape else ""
     raise FileError(
         f"tensor {shown(info.name)} has {len(bad)} of {info.numel} values NaN or infinite{first}",
-        where=info.path,
+        where=whole(info.path),
         fix=fix or "train or download the adapter again",
     )

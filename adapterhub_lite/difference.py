@@ -23,6 +23,7 @@ from .checkpoint import sha256
 from .combine import Spectrum
 from .delta import Dense, LowRank
 from .format import Contents, Planned, SiteContents
+from .hub.reference import in_cache
 from .pair import Pair, square
 from .plan import carrier
 from .source import Extent, Piece
@@ -230,9 +231,8 @@ def base_name(folder: Path) -> tuple[str, str | None]:
     >>> base_name(Path("/cache/models--my-org--base-7b/snapshots/0123abcd"))
     ('my-org/base-7b', '0123abcd')
     """
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        return folder.parent.parent.name.removeprefix("models--").replace("--", "/"), folder.name
-    return str(folder), None
+    found = in_cache(folder)
+    return (str(folder), None) if found is None else (found.repo, found.revision)
 
 
 def _task(config: Mapping[str, Any]) -> str | None:
@@ -246,4 +246,5 @@ def _hashes(model: BaseModel) -> dict[str, Any]:
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         files = list(model.shards)
         digests = pool.map(lambda name: sha256(model.folder / name), files)
-        return {"model": model.folder.resolve().name, "sha256": dict(zip(files, digests, strict=True))}
+        told = model.named
+        return {"model": told.pop("name"), **told, "sha256": dict(zip(files, digests, strict=True))}

@@ -30,6 +30,18 @@ class FileError(AdapterError):
     """A file is missing, broken, hostile, or not what it says it is."""
 
 
+class HubError(FileError):
+    """The Hub does not have it, does not give it to you, or could not be asked; `reason` says which in a word or two.
+
+    The reasons: "missing", "gated", "denied", "disabled", "rate limit", "timeout", "server", "connection", "offline",
+    "conflict", "corrupt".
+    """
+
+    def __init__(self, what: str, *, where: object = "", fix: str = "", reason: str) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.reason = reason
+
+
 class ConfigError(AdapterError):
     """An option has a wrong name, type or value, or two options contradict."""
 

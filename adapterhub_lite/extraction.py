@@ -17,6 +17,7 @@ from .combine import Truncated, WeightedSum, each
 from .difference import EXACT_SIDE, Difference, Layer, Left
 from .errors import ConfigError, NotMergeable, nearest
 from .format import is_floating
+from .hub.pull import snapshot
 from .pair import Pair
 from .plan import Plan, plan
 from .registry import registry
@@ -77,8 +78,8 @@ def difference(
     progress: Callable[[int, int], None] = lambda done, total: None,
     exact_side: int = EXACT_SIDE,
 ) -> Difference:
-    """Compare two models tensor by tensor. Those that are equal, bit by bit, are left out."""
-    one, two = BaseModel.open(base), BaseModel.open(tuned)
+    """Compare two models, folders or on the Hub, tensor by tensor. Those that are equal, bit by bit, are left out."""
+    one, two = BaseModel.open(snapshot(base)), BaseModel.open(snapshot(tuned))
     keys = _common(one, two, exclude)
     pairs = {key: Pair(one.tensors[key], two.tensors[key]) for key in keys}
     changed = {}

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from . import options
 from .checkpoint import sha256
 from .errors import ConfigError, FileError, nearest, os_error, printable
+from .hub.reference import on_hub
 from .options import option
 from .per_site import first
 
@@ -103,8 +104,9 @@ class Recipe:
     file: Path
 
     def path(self, name: str) -> str:
-        """Where `name`, which is relative to the recipe's folder, is."""
-        return os.path.normpath(self.file.parent / name)
+        """Where `name`, which is relative to the recipe's folder, is; a reference to the Hub stays one."""
+        path = os.path.normpath(self.file.parent / name)
+        return name if not os.path.lexists(path) and on_hub(name) is not None else path
 
     def owner(self, key: str) -> str:
         """What to call a key in messages."""

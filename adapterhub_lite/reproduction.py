@@ -16,9 +16,11 @@ from .adapter import Adapter
 from .base_model import BaseModel
 from .checkpoint import Checkpoint, TensorInfo, sha256
 from .combine import Truncated, WeightedSum
-from .errors import AdapterError, FileError
+from .errors import AdapterError, FileError, HubError
 from .folding import fold, manifest
 from .folding.planning import header_digest
+from .hub.pull import ADAPTER, fetch, snapshot
+from .hub.reference import parse
 from .merged import Merged
 from .options import build
 from .registry import registry
@@ -102,15 +104,15 @@ class _Places:
         for root in roots:
             if not root.is_dir():
                 raise FileError("there is no such folder", where=root, fix="give the folder with the inputs")
-        found = chain(map(Path, adapters), *map(_below, roots))
+        found = chain((snapshot(ref, patterns=ADAPTER) for ref in adapters), *map(_below, roots))
         self.folders = [folder for folder, _ in zip(found, range(MOST_FOLDERS), strict=False)]
         self._digests: dict[Path, str] = {}
 
     def having(self, digests: Mapping[str, str]) -> Path | None:
         """The first folder with these files."""
-        return next((folder for folder in self.folders if self._has(folder, digests)), None)
+        return next((folder for folder in self.folders if self.has(folder, digests)), None)
 
-    def _has(self, folder: Path, digests: Mapping[str, str]) -> bool:
+    def has(self, folder: Path, digests: Mapping[str, str]) -> bool:
         files = [folder / name for name in digests]
         if not all(file.is_file() for file in files):
             return False
@@ -139,7 +141,7 @@ class _Found(Stored):
 
     def __init__(self, source: Stored, recorded: Mapping[str, Any]) -> None:
         super().__init__(source.folder, source.name, source.own, source.files)
-        self.recorded = {key: recorded[key] for key in ("adapter", "sha256")}
+        self.recorded = {key: recorded[key] for key in ("adapter", "sha256", "hub") if key in recorded}
 
     def recipe(self) -> dict[str, Any]:
         return dict(self.recorded)
@@ -174,7 +176,7 @@ class _Again:
         match node:
             case {"adapter": str(name), "sha256": {**found}} if found and all(map(_plain, found.items())):
                 digests = {str(file): str(digest) for file, digest in found.items()}
-                folder = self.places.having(digests)
+                folder = self.places.having(digests) or self._fetched(node.get("hub"), digests)
                 if folder is None:
                     tensors = max(digests, key=lambda file: file.endswith(".safetensors"))
                     self.missing.append(f"{name!r} ({tensors} of sha256 {digests[tensors][:16]}…)")
@@ -206,6 +208,18 @@ class _Again:
                     raise self._unknown()
                 return Merged(rule, inputs, weights, at)
         raise self._unknown()
+
+    def _fetched(self, hub: Any, digests: Mapping[str, str]) -> Path | None:
+        """The folder on the Hub that an adapter was, at the commit that it was, if it is still what it was."""
+        reference = parse(hub) if isinstance(hub, str) else None
+        if reference is None or not reference.pinned:
+            return None
+        try:
+            folder = fetch(reference).folder
+        except HubError as error:
+            self.warn(str(error))
+            return None
+        return folder if self.places.has(folder, digests) else None
 
     def rest(self) -> tuple[int | None, str | None]:
         """The seed of a model's rounding, and the dtype of an adapter."""
@@ -247,10 +261,11 @@ class _Again:
         if not isinstance(headers, dict) or not all(map(_plain, headers.items())) or not isinstance(name, str):
             raise self._unknown()
         if given is not None:
-            found = {shard: header_digest(own.path) for shard, own in BaseModel.open(given).shards.items()}
+            folder = snapshot(given)
+            found = {shard: header_digest(own.path) for shard, own in BaseModel.open(folder).shards.items()}
             if found != headers:
                 raise FileError(f"is not the base {name!r} that was folded into", where=given, fix="give that one")
-            return Path(given)
+            return folder
         for folder in self.places.folders:
             files = {file: folder / file for file in headers}
             there = folder.name == name and all(path.is_file() for path in files.values())

@@ -12,12 +12,14 @@ from .checkpoint import TensorInfo, check_finite, dtype_name, sha256
 from .delta import Delta, LowRank
 from .errors import FileError, NotMergeable, nearest
 from .format import Contents, Format, Planned, SiteContents
+from .hub.reference import on_hub, parse
 from .protocol import Params
 from .registry import Registry, registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .hub.headers import Found
     from .protocol import Method
     from .site import Site
 
@@ -239,9 +241,43 @@ class Held(Single):
         return {"adapter": None}
 
 
+class OnHub(Stored):
+    """An adapter of which only the headers are here; a tensor is read from the cache, fetched if it is not there."""
+
+    def __init__(self, found: Found, name: str, contents: Contents, files: Iterable[Path]) -> None:
+        super().__init__(found.folder, name, contents, files)
+        self.found = found
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it was asked for by its commit."""
+        reference = parse(self.name)
+        return reference is not None and reference.pinned
+
+    def recipe(self) -> dict[str, Any]:
+        return {**super().recipe(), "hub": str(self.found.reference)}
+
+
 def stored(ref: str | Path, name: str | None = None) -> Stored:
-    """The adapter in folder `ref`, called `name`: headers only, strictly validated. Raises `FileError`."""
-    folder = Path(ref)
+    """The adapter in the folder `ref`, or by the reference `ref` on the Hub: headers only, strictly validated.
+
+    It is called `name`. Raises `FileError`, `HubError` among them.
+    """
+    reference = on_hub(ref)
+    if reference is None:
+        return _in(Path(ref), ref, name)
+    from .hub.headers import find
+
+    found = find(reference)
+    try:
+        own = _in(found.folder, ref, name)
+    except FileError as error:  # about a folder that is gone afterwards
+        where = error.where.replace(str(found.folder), str(found.reference))
+        raise FileError(error.what, where=where, fix=error.fix) from error
+    return OnHub(found, own.name, own.own, own.files)
+
+
+def _in(folder: Path, ref: str | Path, name: str | None) -> Stored:
     if not folder.is_dir():
         near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
         hint = f"; {nearest(folder.name, near)}" if near and not folder.exists() else ""

@@ -215,7 +215,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     The client's pauses between its attempts are left out; it gives up on an answer after half a second.
     """
     from hub_server import HubServer
-    from huggingface_hub import constants, hf_api
+    from huggingface_hub import constants, file_download, hf_api
     from huggingface_hub.utils import _http
 
     home = tmp_path / "hf_home"
@@ -233,7 +233,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         for name, value in values.items():  # read from the environment when it was imported
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", server.url)
-        monkeypatch.setattr(_http, "time", Unhurried())
+        for module in (_http, file_download):
+            monkeypatch.setattr(module, "time", Unhurried())
+        monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.5)
         monkeypatch.setenv("HF_TOKEN", "hf_me")
         _http.close_session()
         yield server

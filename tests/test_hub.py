@@ -1,19 +1,21 @@
-"""Models on the Hub, with the real client, offline, on a cache made by hand; and what its errors become."""
+"""Models on the Hub, with the real client, offline, on a cache as it lays it out; and what is a reference."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants, errors
+from hub_server.storage import git_sha1
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from adapterhub_lite.errors import FileError
-from adapterhub_lite.hub import snapshot
+from adapterhub_lite.errors import HubError
+from adapterhub_lite.hub.pull import snapshot
+from adapterhub_lite.hub.reference import Reference, in_cache, parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,9 +39,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for ref in ("main", "v1"):
         (repo / "refs" / ref).write_text(SHA)
     weight = torch.randn(13, 7, generator=torch.Generator().manual_seed(0))
-    save_file({"net.layers.0.q.weight": weight}, repo / "blobs" / "b0", {"format": "pt"})
-    (repo / "blobs" / "b1").write_text("{}")
-    for name, blob in (("model.safetensors", "b0"), ("config.json", "b1")):
+    save_file({"net.layers.0.q.weight": weight}, tmp_path / "w", {"format": "pt"})
+    data = (tmp_path / "w").read_bytes()
+    for name, blob, content in (
+        ("model.safetensors", hashlib.sha256(data).hexdigest(), data),
+        ("config.json", git_sha1(b"{}"), b"{}"),
+    ):
+        (repo / "blobs" / blob).write_bytes(content)
         (repo / "snapshots" / SHA / name).symlink_to(Path("../..") / "blobs" / blob)
     return cache
 
@@ -50,6 +56,17 @@ def test_what_is_in_the_cache_is_found(cache: Path, ref: str) -> None:
     assert snapshot(Path(ref)) == snapshot(ref)
 
 
+def test_what_was_changed_in_the_cache_is_refused(cache: Path) -> None:
+    snapshot("my-org/base")
+    (weights,) = (cache / "models--my-org--base" / "blobs").glob("?" * 64)
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(HubError, match=r"has the sha256 .* the Hub announced .* without HF_HUB_OFFLINE") as found:
+        snapshot("my-org/base")
+    assert found.value.reason == "corrupt"
+
+
 def test_a_folder_comes_first(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my-org/base").mkdir(parents=True)
@@ -58,8 +75,28 @@ def test_a_folder_comes_first(cache: Path, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("text", ["base", "/a/b", "./a/b", "../b", "a/b/c", "a/b@", "-a/b", "a/b c", "a/.b", ""])
 def test_what_is_no_reference_is_a_path(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
     assert snapshot(text) == Path(text)
+    assert parse(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a/b@..", "a/b@x..y", "a/b@/x", "a/b@x//y", "a/b:", "a/b:../c", "a/b:c/../d", "a/b:/c", "a/b:.git", "a/b:c\\d"],
+)
+def test_what_would_lead_elsewhere_is_no_reference(text: str) -> None:
+    assert parse(text) is None
+
+
+def test_references() -> None:
+    assert parse("a/b@refs/pr/1:x y/z") == Reference("a/b", "refs/pr/1", "x y/z")
+    assert str(parse("a/b.c@v1.0:d")) == "a/b.c@v1.0:d"
+    pinned = parse(f"a/b@{SHA}")
+    assert pinned is not None
+    assert pinned.pinned
+    assert not Reference("a/b", "main").pinned
+    assert in_cache(Path("/x/models--a--b.c/snapshots") / SHA / "d/e") == Reference("a/b.c", SHA, "d/e")
+    assert in_cache(Path("/x/snapshots/y")) is None
 
 
 def test_a_fold_into_a_model_of_the_cache(cache: Path, handmade: Handmade, adapter: Command, tmp_path: Path) -> None:
@@ -81,49 +118,5 @@ def test_a_fold_into_a_model_of_the_cache(cache: Path, handmade: Handmade, adapt
 def test_offline_without_it(cache: Path, handmade: Handmade, adapter: Command, tmp_path: Path, ref: str) -> None:
     own = handmade(tmp_path / "a", {"net.layers.0.q": 2})
     done = adapter("merge", own, "--into", ref, "-o", tmp_path / "out")
-    done.refused(f"{ref}: is no folder, is not in the Hub's cache, and could not be fetched", "HF_HUB_OFFLINE")
+    done.refused(f"{ref}: is no folder, is not in the Hub's cache, and offline mode is on", "HF_HUB_OFFLINE")
     assert not (tmp_path / "out").exists()
-
-
-class Answer:
-    """As much of an HTTP response as the client's errors look at."""
-
-    headers: dict[str, str] = {}  # noqa: RUF012
-    request = None
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        (errors.GatedRepoError, "is gated"),
-        (errors.RepositoryNotFoundError, "if it is private"),
-        (errors.RevisionNotFoundError, "no such revision"),
-        (errors.HfHubHTTPError, "could not be fetched from the Hub: the first line; try again later"),
-    ],
-)
-def test_errors_are_typed(kind: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(*args: object, **options: object) -> str:
-        raise kind("the first line\nand more", response=Answer())
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(FileError, match=words) as refused:
-        snapshot("some/model")
-    assert refused.value.where == "some/model"
-
-
-def test_no_pickle_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fnmatch import fnmatch
-
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda repo, **options: asked.update(options) or os.curdir
-    )
-    assert snapshot("some/model@v3") == Path()
-    assert asked["revision"] == "v3"
-    for name, wanted in {
-        "model.safetensors": 1,
-        "config.json": 1,
-        "tokenizer.model": 1,
-        "pytorch_model.bin": 0,
-    }.items():
-        assert any(fnmatch(name, pattern) for pattern in asked["allow_patterns"]) == wanted

@@ -239,13 +239,5 @@ def test_other_encodings_and_other_files(tmp_path: Path) -> None:
 
 
 def test_hostile_texts_take_no_time() -> None:
-    for text in (
-        "a" * 200_000,
-        "a." * 100_000,
-        "/a" * 100_000,
-        "~a/" * 70_000,
-        "\\\\a" * 70_000,
-        "x@" * 100_000,
-        "sk-" * 70_000,
-    ):
-        leaks({"a.md": text, "a.json": text}, people=["mara"])
+    for part in ("a", "a.", "/a", "~a/", "\\\\a", "x@", "sk-", " /a/b", "path "):
+        leaks({"a.md": part * 20_000}, people=["mara"])

@@ -289,7 +289,7 @@ FAULTS: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     ("GET", "/revision/", {"status": 401, "message": "Invalid credentials in Authorization header"}, ("token",)),
     ("POST", "/repos/create", {"status": 401}, ("token",)),
     ("POST", "/repos/create", {"status": 403, "message": "no"}, ("may",)),
-    ("POST", "/repos/create", {"status": 429}, ("too many", "later")),
+    ("POST", "/repos/create", {"status": 429}, ("too many", "try again")),
     ("POST", "/preupload/", {"status": 403, "message": "no"}, ("may",)),
     ("POST", "/preupload/", {"status": 404, "code": "RepoNotFound"}, ()),
     ("POST", "/validate-yaml", {"status": 400}, ("metadata", "README.md")),
@@ -302,7 +302,7 @@ FAULTS: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     ("POST", COMMIT, {"status": 404, "code": "RepoNotFound"}, ()),
     ("POST", COMMIT, {"status": 409, "message": "taken"}, ()),
     ("POST", COMMIT, {"status": 412}, ("by somebody else", "push again")),
-    ("POST", COMMIT, {"status": 429}, ("too many", "later")),
+    ("POST", COMMIT, {"status": 429}, ("too many", "try again")),
     ("POST", COMMIT, {"status": 500}, ("later",)),
     ("POST", COMMIT, {"hang": True}, ("later",)),
 ]

@@ -32,7 +32,7 @@ def filled(hub: HubServer, handmade: Handmade, tmp_path: Path) -> HubServer:
     """Four adapters of the base, one of another, one that is a pickle, one that is gated."""
     for n, rank in enumerate((2, 3, 4)):
         hub.add(f"some/lora-{n}", handmade(tmp_path / f"a{n}", {"net.layers.0.q": rank}), downloads=10 * n)
-    ranks = {"net.layers.0.q": 200, "net.layers.1.q": 100}
+    ranks = {"net.layers.0.q": 2000, "net.layers.1.q": 1000}
     hub.add("some/large", handmade(tmp_path / "large", ranks, use_rslora=True), downloads=5)
     hub.add("some/pickle", {"adapter_config.json": config(), "adapter_model.bin": b"x"}, downloads=7)
     hub.add("some/gated", tmp_path / "a0", downloads=3, gated="manual")
@@ -51,7 +51,7 @@ def test_the_most_fetched_comes_first(filled: HubServer, adapter: Command) -> No
     two = found["some/lora-2"]
     assert (two["method"], two["ranks"], two["parameters"], two["nbytes"]) == ("lora", [4], 80, 320)
     assert (two["downloads"], two["commit"]) == (20, filled.storage.repos["some/lora-2"].head.sha)
-    assert found["some/large"]["ranks"] == [100, 200]
+    assert found["some/large"]["ranks"] == [1000, 2000]
     assert found["some/pickle"]["method"] is None
     assert "pickle" in found["some/pickle"]["problem"]
     assert "gated" in found["some/gated"]["problem"]

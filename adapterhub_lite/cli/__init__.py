@@ -20,6 +20,7 @@ COMMANDS = {
     "methods": ("methods", "Plugins found: methods, what they can do, where they come from."),
     "rules": ("rules", "Merge rules found, and their options."),
     "info": ("info", "What an adapter is: method, base, rank, sites, size, how it was made."),
+    "pull": ("pull", "An adapter from the Hub, every file verified; a lock file of what it was."),
     "merge": ("merge", "Adapters into one: the exact weighted sum or another rule, whole or truncated."),
     "reproduce": ("reproduce", "A merge done again from the recipe in its output, and compared bit by bit."),
     "diff": ("diff", "How like adapters are: norms, cosine, overlap, spectra; an HTML page."),
@@ -83,7 +84,8 @@ class Commands(click.Group):
 def adapter(plugins_dir: Sequence[Path]) -> None:
     """Adapters as files: look at them, merge them exactly, extend the methods with plugins.
 
-    REF is an adapter folder: adapter_config.json beside adapter_model.safetensors.
+    REF is an adapter folder, adapter_config.json beside adapter_model.safetensors, or one on the Hub:
+    owner/name[@revision][:subfolder].
     """
     for folder in plugins_dir:
         use_plugins_dir(folder)

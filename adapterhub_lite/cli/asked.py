@@ -11,9 +11,11 @@ import click
 
 from .. import adapter, options, recipe
 from ..adapter import Adapter
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, nearest, printable
+from ..hub.pull import resolve
+from ..hub.reference import on_hub
 from ..registry import registry
-from ..source import stored
+from ..source import OnHub, Source, stored
 from .cuts import refuse_two
 from .rule_options import rule_of
 
@@ -26,6 +28,7 @@ DTYPES = {
     "float32": "F32", "fp32": "F32", "float64": "F64", "fp64": "F64",
     "float16": "F16", "fp16": "F16", "bfloat16": "BF16", "bf16": "BF16",
 }  # fmt: skip
+MOVING = "{0}: another commit may be there tomorrow; to merge the same again write {1}"
 DEFAULT_WEIGHTS = "weights: {} each (say --weights to choose)"
 OF_THE_RUN = frozenset(
     {"recipe_file", "out", "dry_run", "report", "force", "as_json", "verbose", "quiet", "link", "resume", "executor"}
@@ -45,6 +48,7 @@ class Asked(NamedTuple):
     any_base: bool
     said: str | None  # which weights, where nobody chose any
     by_module: Sequence[Weight] | None = None  # of the terms of `merged`, where they are for the layers of a base
+    inputs: Sequence[Source] = ()
 
 
 def of_words(
@@ -70,10 +74,11 @@ def of_words(
     weighed, said = _weights(weights, chosen, len(refs))
     own = by_module(at, numbers(weighed))
     folds = _folds(own, chosen, into["into"], cuts)
-    loaded = [adapter.load(ref) for ref in refs]
+    inputs = [stored(ref) for ref in refs]
+    loaded = [Adapter(((1.0, source),)) for source in inputs]
     whole = usage(lambda: _whole(loaded, folds or own, chosen)) if chosen else _whole(loaded, folds or own, chosen)
     merged = whole.cut(**cuts, dtype=dtype)
-    return Asked(merged, refs, refs, own, chosen, dtype, keep, any_base, said, own if folds else None)
+    return Asked(merged, refs, refs, own, chosen, dtype, keep, any_base, said, own if folds else None, inputs)
 
 
 def by_module(words: Sequence[str], weights: Sequence[float]) -> Sequence[Weight]:
@@ -109,12 +114,14 @@ def of_recipe(file: Path, into: dict[str, Any]) -> Asked:
     """As a recipe says it; what it says of the base goes into the options `into`."""
     found = recipe.read(file)
     refs = [found.path(own.path) for own in found.adapters]
-    loaded = []
+    inputs, loaded = list[Source](), list[Adapter]()
     for i, (own, ref) in enumerate(zip(found.adapters, refs, strict=True)):
         source = stored(ref, own.path)
         own.check(source.files, found.owner(f"adapters[{i}]"))
+        inputs.append(source)
         loaded.append(Adapter(((1.0, source),)))
     found.check_patterns({site: None for one in loaded for site in one.sites})
+    unpinned: list[str] = []
     dtype = None if found.dtype is None else DTYPES[found.dtype]
     budget = recipe.nbytes(found.budget) if isinstance(found.budget, str) else found.budget
     with recipe.named(file):
@@ -127,10 +134,28 @@ def of_recipe(file: Path, into: dict[str, Any]) -> Asked:
         merged = _whole(loaded, folds or weights, rule, found.at).cut(**cuts, dtype=dtype)
     if found.into is not None:
         seed = found.rounding_seed
-        into.update(into=Path(found.path(found.into)), rounding=found.rounding, rounding_seed=seed)
+        base, unpinned = _pinned(found.path(found.into))
+        into.update(into=Path(base), rounding=found.rounding, rounding_seed=seed)
     names = [own.path for own in found.adapters]
     by_layer = weights if folds else None
-    return Asked(merged, refs, names, weights, rule, dtype, found.keep, found.any_base, said, by_layer)
+    warnings = [f"warning: {printable(text)}" for text in [*_moving(inputs), *unpinned]]
+    said = "\n".join([*warnings, *([said] if said else [])]) or None
+    return Asked(merged, refs, names, weights, rule, dtype, found.keep, found.any_base, said, by_layer, inputs)
+
+
+def _pinned(ref: str) -> tuple[str, list[str]]:
+    """A base on the Hub, pinned; and what to say if it was not."""
+    reference = on_hub(ref)
+    if reference is None or reference.pinned:
+        return ref, []
+    pinned = resolve(reference)
+    return str(pinned), [MOVING.format(ref, pinned)]
+
+
+def _moving(inputs: Sequence[Source]) -> list[str]:
+    """What to say of adapters on the Hub that may be others tomorrow."""
+    moving = [source for source in inputs if isinstance(source, OnHub) and not source.pinned]
+    return [MOVING.format(source.name, source.found.reference) for source in moving]
 
 
 def refuse_beside_recipe(ctx: click.Context) -> None:

@@ -10,8 +10,9 @@ import click
 from .. import options
 from ..description import describe, formula
 from ..errors import printable
-from ..source import stored
+from ..source import OnHub, stored
 from .output import print_json, size, table
+from .transferred import of_hub, spoken
 
 if TYPE_CHECKING:
     from ..protocol import Method
@@ -24,9 +25,9 @@ LONGEST = 1000  # characters of one line
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every module.")
 def info(ref: str, as_json: bool, verbose: bool) -> None:
-    """Show what the adapter in folder REF is; its tensors are not read."""
+    """Show what the adapter REF is; its tensors are not read, and of one on the Hub they are not fetched."""
     adapter = stored(ref)
-    report = describe(adapter)
+    report = {**describe(adapter), "hub": of_hub([adapter])}
     if as_json:
         print_json(report)
         return
@@ -50,6 +51,8 @@ def info(ref: str, as_json: bool, verbose: bool) -> None:
         lines.append(("error", f"{report['error']:.3g} (relative, {of}when it was made)"))
     if report["recipe"] is not None:
         lines.append(("made by", formula(report["recipe"])))
+    if isinstance(adapter, OnHub):
+        lines += [("commit", adapter.found.reference.revision), ("transferred", spoken(of_hub([adapter])))]
     width = max(len(name) for name, _ in lines)
     click.echo("\n".join(f"{name.ljust(width)}  {_shown(value)}" for name, value in lines))
     if verbose:

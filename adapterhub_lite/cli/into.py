@@ -84,9 +84,9 @@ def merge_into(
     if dry_run:
         from ..base_model import BaseModel
         from ..folding import planned
-        from ..hub import snapshot
+        from ..hub.headers import folder
 
-        plan = planned(BaseModel.open(snapshot(base)), adapter, weights=own, any_base=any_base, keep=keep)
+        plan = planned(BaseModel.open(folder(base)), adapter, weights=own, any_base=any_base, keep=keep)
         if as_json:
             print_json({"dry_run": True, "base": str(base), "adapters": _terms(refs, weights), **_facts(plan)})
         elif not quiet:

@@ -22,6 +22,7 @@ from .cuts import cut_options
 from .into import into_options, merge_into, refuse_alone, taken
 from .output import print_json, progress, size, table
 from .rule_options import WithRule
+from .transferred import of_hub, spoken
 
 if TYPE_CHECKING:
     from ..format import SiteContents
@@ -193,10 +194,13 @@ def merge(
         if said:
             click.echo(said, err=True)
         if as_json:
-            print_json({"dry_run": True, **_report(planned, names, asked.weights, asked.rule), **_foretold(planned)})
+            told = {**_report(planned, names, asked.weights, asked.rule), **_foretold(planned)}
+            print_json({"dry_run": True, **told, "hub": of_hub(asked.inputs)})
         elif not quiet:
             click.echo(summary(planned, "would write", out))
             click.echo(_forecast(planned, verbose))
+            if (taken_in := of_hub(asked.inputs)) is not None:
+                click.echo(f"transferred {spoken(taken_in)}")
             if out is not None and os.path.lexists(out) and not force:
                 click.echo(f"but {out} exists: choose another -o or pass --force", err=True)
         return

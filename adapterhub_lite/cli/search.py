@@ -36,8 +36,8 @@ def search(base: str, method: str | None, limit: int, as_json: bool, quiet: bool
     with progress("reading headers", quiet) as step:
         found = searched(base, method=method, limit=limit, progress=step)
     if as_json:
-        took = {"requests": found.transfer.requests, "transferred": found.transfer.nbytes}
-        print_json({"base": base, "adapters": [hit.plain() for hit in found.hits], "looked_at": found.looked_at, **took})
+        told = {"base": base, "adapters": [hit.plain() for hit in found.hits], "looked_at": found.looked_at}
+        print_json({**told, "requests": found.transfer.requests, "transferred": found.transfer.nbytes})
         return
     if quiet:
         click.echo("".join(f"{hit.repo}\n" for hit in found.hits), nl=False)

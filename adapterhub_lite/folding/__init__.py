@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from ..base_model import BaseModel
 from ..checkpoint import sha256
 from ..errors import AdapterError, ConfigError, FileError, NotMergeable, nearest, os_error
-from ..hub import snapshot
+from ..hub.pull import snapshot
 from ..staging import staged, unfinished
 from . import manifest
 from .copying import copied, linked

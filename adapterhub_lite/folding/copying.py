@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checkpoint import BLOCK, damaged
+from ..checkpoint import BLOCK, damaged, whole
 from ..errors import FileError, os_error
 
 AT_ONCE = 1 << 26  # bytes, between two reports of progress
@@ -24,7 +24,7 @@ def no_step(nbytes: int) -> None:
 @contextmanager
 def reading(path: Path) -> Iterator[int]:
     """A handle to read `path` by; errors of the system name the file."""
-    yield from _opened(path, os.O_RDONLY)
+    yield from _opened(whole(path), os.O_RDONLY)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ..adapter import Adapter
 from ..agreement import asked, common, equal
 from ..base_model import BaseModel
 from ..checkpoint import TensorInfo
+from ..checkpoint import whole as whole_file
 from ..combine import labelled
 from ..errors import ConfigError, NotMergeable, nearest
 from ..per_site import Weight
@@ -65,10 +66,11 @@ class Plan:
         base = {name: header_digest(shard.path) for name, shard in self.model.shards.items()}
         how: dict[str, Any] = {"rounding": "nearest"} if seed is None else {"rounding": "stochastic", "seed": seed}
         terms = [{"weight": per_site.plain(w), **source.recipe()} for w, source in self.terms]
-        name = self.model.folder.resolve().name
+        told = self.model.named
         return {
             "rule": "fold",
-            "base": name,
+            "base": told.pop("name"),
+            **told,
             "headers": base,
             **how,
             **self.asked,
@@ -91,7 +93,7 @@ class Plan:
         """What tells this fold from any other, for a journal: the recipe, and whether the base's files are the same."""
         stats = {name: shard.path.stat() for name, shard in self.model.shards.items()}
         files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-        kept = [[w.old.name, str(w.new.path.absolute()), w.new.start, w.rows] for w in self.wholes]
+        kept = [[w.old.name, str(whole_file(w.new.path).absolute()), w.new.start, w.rows] for w in self.wholes]
         recipe = self.recipe(seed)
         # Of an adapter in memory a recipe has no digest: no other run does the same work.
         held = secrets.token_hex(8) if '"adapter": null' in json.dumps(recipe) else None

@@ -14,7 +14,7 @@ from ..base_model import BaseModel
 from ..checkpoint import Checkpoint, check_finite, sha256
 from ..combine import labelled
 from ..errors import ConfigError, FileError, NotMergeable, os_error
-from ..hub import snapshot
+from ..hub.pull import snapshot
 from ..per_site import Weight
 from ..source import stored
 from . import manifest

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _version
-from ..errors import AdapterError, ConfigError, FileError
+from ..errors import AdapterError, ConfigError, FileError, HubError
 from .card import NAME as CARD
 from .card import by_hand, card
 from .content import Content, File, read
 from .leaks import Leak, leaks, refuse, whoever
-from .refusals import refusal
+from .refusals import REFUSED, refusal, status_of
 from .telling import told
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 PATIENCE = 120.0  # seconds without a byte until a server is given up, where the client would wait for ever
 MAIN = "main"
-STALE = 412  # the branch has another end than the commit's parent
-REFUSED = frozenset([400, 401, 403, 404, 413, 422, 429])  # answers after which nothing can have been committed
 _NAME = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?/[A-Za-z0-9](?:[\w.-]{0,94}\w)?")
 _COMMIT = re.compile("[0-9a-f]{40}")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,99}")
@@ -91,13 +89,17 @@ def push(
     model is made if there is none, `private` if so; its branch `revision` too. With `pr` the commit is a pull request.
     With `dry_run` nothing is sent and nobody is asked. `license` and `datasets` go into the card's metadata.
 
-    Raises `FileError` for a folder that is not whole, or would publish what it should not (unless `allow_leaks`), for
-    whatever the Hub refuses, and where somebody else committed meanwhile; `ConfigError` for options that contradict.
+    Raises `FileError` for a folder that is not whole, or would publish what it should not (unless `allow_leaks`),
+    `HubError` for whatever the Hub refuses, and where somebody else committed meanwhile; `ConfigError` for options that
+    contradict.
     """
     _check(repo, revision, pr, license)
     content = read(Path(out), progress)
     page = _Page(content, repo, license, tuple(datasets))
-    scanned = {**{name: file.path for name, file in content.files.items()}, CARD: page.text(None)}
+    scanned: dict[str, Path | str] = {
+        **{name: file.path for name, file in content.files.items()},
+        CARD: page.text(None),
+    }
     found = leaks(scanned, people=whoever() - {repo.partition("/")[0]})  # whose name is on the page anyway
     if not allow_leaks and not dry_run:
         refuse(found, out)
@@ -179,7 +181,7 @@ class _Push:
         self.api = HfApi(library_name="adapterhub-lite", library_version=_version.__version__)
         if get_token() is None:
             fix = "run 'hf auth login', or set HF_TOKEN to a token that may write"
-            raise FileError("cannot be pushed to without a token", where=self.where, fix=fix)
+            raise HubError("cannot be pushed to without a token", where=self.where, fix=fix, reason="denied")
         self.content, self.page, self.planned, self.private, self.pr = content, page, planned, private, pr
         self.made = False
 
@@ -254,7 +256,7 @@ class _Push:
         try:
             done = self._send(changed, head, message)
         except Exception as error:
-            landed = None if self.pr or _status(error) in REFUSED else self._landed(wanted, head)
+            landed = None if self.pr or status_of(error) in REFUSED else self._landed(wanted, head)
             if landed is None:
                 raise self._failed(error, head) from error
             return landed
@@ -314,7 +316,8 @@ class _Push:
         for name, own in changed.items():
             if not _same(own, tree.get(name)):
                 what = f"has {'another' if name in tree else 'no'} {name} in the commit {commit[:7]} of this push"
-                raise FileError(what, where=self.where, fix="push again; if it stays so, the Hub ignores such a file")
+                fix = "push again; if it stays so, the Hub ignores such a file"
+                raise HubError(what, where=self.where, fix=fix, reason="corrupt")
 
     # What went wrong --------------------------------------------------------------------------------
 
@@ -326,23 +329,13 @@ class _Push:
         except Exception as error:
             raise self._failed(error, None) from error
 
-    def _failed(self, error: Exception, head: str | None) -> FileError:
+    def _failed(self, error: Exception, head: str | None) -> AdapterError:
         """The error as one line, with what to do and what is left."""
-        found = refusal(error, self.where)
-        if _status(error) == STALE:
-            fix = f"look at what they did since {(head or 'the start')[:7]}, then push again"
-            found = FileError(
-                "was changed by somebody else meanwhile, so nothing was committed", where=self.where, fix=fix
-            )
-        if not self.made:
+        found = refusal(error, self.where, head)
+        if not self.made or not isinstance(found, HubError):
             return found
-        return FileError(f"{found.what} (the model was made, and is empty)", where=found.where, fix=found.fix)
-
-
-def _status(error: Exception) -> int | None:
-    """Of the answer, if there was one."""
-    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
-    return status
+        what = f"{found.what} (the model was made, and is empty)"
+        return HubError(what, where=found.where, fix=found.fix, reason=found.reason)
 
 
 def _same(own: File | bytes, there: RepoFile | None) -> bool:

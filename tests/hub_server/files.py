@@ -90,9 +90,9 @@ def uploaded(hub: HubServer, oid: str) -> Entry:
     """The large file of this SHA-256, wherever the client put it."""
     from .storage import Entry
 
-    if oid in hub.storage.large:
-        return Entry(hub.storage.large[oid], oid)
     xet = hub.xet.files().get(oid) if hub.xet is not None else None
+    if xet is None and oid in hub.storage.large:
+        return Entry(hub.storage.large[oid], oid)
     if xet is None:
         raise Refused(400, "", f"LFS object {oid} was not uploaded")
     assert hub.xet is not None

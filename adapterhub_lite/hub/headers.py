@@ -1,0 +1,139 @@
+"""An adapter on the Hub by its headers: configs and the first bytes of its safetensors, the rest when it is read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint import MAX_HEADER, later
+from ..errors import HubError
+from .listing import File, Listing, digests, listed, remember
+from .pull import ADAPTER, BASE, Pulled, cached, chosen, fetch, note_branch, resolve, told_of
+from .reference import Reference, on_hub
+from .wire import Transfer, part
+
+FIRST = 1 << 14  # bytes of a safetensors file that are asked for first
+SMALL = 1 << 16  # other JSON than configs is taken up to here
+
+
+@dataclass(frozen=True)
+class Found:
+    """A folder on the Hub, on this machine as far as its header."""
+
+    reference: Reference
+    """Pinned to its commit."""
+    folder: Path
+    files: Mapping[str, File]
+    transfer: Transfer
+    """What that took."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its files."""
+        return sum(file.size for file in self.files.values())
+
+
+def folder(ref: str | os.PathLike[str]) -> Path:
+    """The folder `ref` if there is one, else that of a model on the Hub, of which only the headers are fetched."""
+    reference = on_hub(ref)
+    if reference is None:
+        return Path(ref)
+    found = find(reference, BASE)
+    _KEPT.append(found)
+    return found.folder
+
+
+def find(reference: Reference, patterns: Sequence[str] = ADAPTER) -> Found:
+    """The folder's headers; of one that is in the cache already, its files, verified.
+
+    What is not there yet is fetched, whole and verified, when a tensor is first read: see `checkpoint.later`.
+    """
+    from huggingface_hub import constants
+
+    transfer = Transfer()
+    pinned = resolve(reference, transfer)
+    with told_of(reference):
+        listing = listed(pinned.repo, pinned.commit, transfer, reference)
+    files = chosen(listing, reference, patterns)
+    note_branch(reference, pinned)
+    if constants.HF_HUB_OFFLINE or cached(listing, list(files.values())) is not None:
+        return Found(pinned, fetch(pinned, patterns=patterns).folder, files, transfer)
+    remember(listing)
+    folder = Path(tempfile.mkdtemp(prefix="adapter-headers-"))
+    found = Found(pinned, folder, files, transfer)
+    weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
+    rest = _Rest(pinned, patterns)
+    for name, file in files.items():
+        if name.endswith(".safetensors"):
+            with told_of(reference):
+                header = _header(listing, file, transfer)
+            (folder / name).write_bytes(header)
+            later(folder / name, file.size, rest.of(name, header))
+        elif name.endswith(("config.json", "index.json")) or (name.endswith(".json") and file.size <= SMALL):
+            (folder / name).write_bytes(_whole(listing, file, transfer, reference))
+    return found
+
+
+def _header(listing: Listing, file: File, transfer: Transfer) -> bytes:
+    """The header of a safetensors file, and its length before it."""
+    first = part(listing.repo, listing.commit, file.path, 0, min(FIRST, file.size), transfer)
+    stop = min(8 + int.from_bytes(first[:8], "little"), 8 + MAX_HEADER, file.size)
+    if stop <= len(first):
+        return first[:stop]
+    return first + part(listing.repo, listing.commit, file.path, len(first), stop, transfer)
+
+
+def _whole(listing: Listing, file: File, transfer: Transfer, reference: Reference) -> bytes:
+    """A small file's bytes, verified."""
+    for _ in range(2):
+        with told_of(reference):
+            content = part(listing.repo, listing.commit, file.path, 0, file.size, transfer)
+        if digests(iter([content]), len(content)).match(file):
+            return content
+    what = f"{file.path!r} is not what the Hub announced, {file.size} bytes of {file.digest}"
+    raise HubError(what, where=reference, fix="it was fetched twice: try later, or ask its owner", reason="corrupt")
+
+
+_KEPT: list[Found] = []  # models whose headers are in use until the process ends
+
+
+class _Rest:
+    """The whole folder, once anything of it is asked for."""
+
+    def __init__(self, reference: Reference, patterns: Sequence[str]) -> None:
+        self.reference, self.patterns, self.lock = reference, patterns, threading.Lock()
+        self.pulled: Pulled | None = None
+
+    def of(self, name: str, header: bytes) -> _One:
+        return _One(self, name, header)
+
+    def get(self) -> Pulled:
+        with self.lock:
+            if self.pulled is None:
+                self.pulled = fetch(self.reference, patterns=self.patterns)
+            return self.pulled
+
+
+@dataclass(frozen=True)
+class _One:
+    """One file of it."""
+
+    rest: _Rest
+    name: str
+    header: bytes
+
+    def __call__(self) -> Path:
+        pulled = self.rest.get()
+        path = pulled.folder / self.name
+        with open(path, "rb") as file:
+            same = file.read(len(self.header)) == self.header
+        if not same:
+            what = f"{self.name!r} has another header than the Hub sent before"
+            raise HubError(what, where=pulled.reference, fix="try again, or ask its owner", reason="corrupt")
+        return path
