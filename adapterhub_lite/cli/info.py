@@ -12,7 +12,7 @@ from ..description import describe, formula
 from ..errors import printable
 from ..source import OnHub, stored
 from .output import print_json, size, table
-from .transferred import of_hub, spoken
+from .transferred import line, told
 
 if TYPE_CHECKING:
     from ..protocol import Method
@@ -27,7 +27,7 @@ LONGEST = 1000  # characters of one line
 def info(ref: str, as_json: bool, verbose: bool) -> None:
     """Show what the adapter REF is; its tensors are not read, and of one on the Hub they are not fetched."""
     adapter = stored(ref)
-    report = {**describe(adapter), "hub": of_hub([adapter])}
+    report = {**describe(adapter), **told([adapter])}
     if as_json:
         print_json(report)
         return
@@ -52,7 +52,7 @@ def info(ref: str, as_json: bool, verbose: bool) -> None:
     if report["recipe"] is not None:
         lines.append(("made by", formula(report["recipe"])))
     if isinstance(adapter, OnHub):
-        lines += [("commit", adapter.found.reference.revision), ("transferred", spoken(of_hub([adapter])))]
+        lines += [("commit", adapter.found.reference.commit), ("transferred", line([adapter.found]))]
     width = max(len(name) for name, _ in lines)
     click.echo("\n".join(f"{name.ljust(width)}  {_shown(value)}" for name, value in lines))
     if verbose:

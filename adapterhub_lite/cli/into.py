@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ConfigError, printable
+from ..hub.reference import on_hub
 from .output import print_json, size, table, transfer
+from .transferred import spoken, told
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from ..folding import Folded, Plan
     from ..folding.manifest import Retained
     from ..per_site import Weight
+    from ..source import Source
 
 LOST = 0.1  # of the change's length along itself: said aloud above
 WORST = 10  # modules shown unless --verbose
@@ -73,6 +76,7 @@ def merge_into(
     out: Path | None,
     keep: str | None,
     any_base: bool,
+    inputs: Sequence[Source],
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -84,13 +88,19 @@ def merge_into(
     if dry_run:
         from ..base_model import BaseModel
         from ..folding import planned
-        from ..hub.headers import folder
+        from ..hub.headers import find
+        from ..hub.pull import BASE
 
-        plan = planned(BaseModel.open(folder(base)), adapter, weights=own, any_base=any_base, keep=keep)
+        reference = on_hub(base)
+        found = None if reference is None else find(reference, BASE)
+        model = BaseModel.open(base if found is None else found.folder)
+        plan = planned(model, adapter, weights=own, any_base=any_base, keep=keep)
         if as_json:
-            print_json({"dry_run": True, "base": str(base), "adapters": _terms(refs, weights), **_facts(plan)})
+            facts = {**_facts(plan), **told(inputs, found)}
+            print_json({"dry_run": True, "base": str(base), "adapters": _terms(refs, weights), **facts})
         elif not quiet:
             click.echo(_summary(plan, "would write", out))
+            spoken(inputs, found)
             if out is not None and os.path.lexists(out) and not force:
                 click.echo(f"but {out} exists: choose another -o or pass --force", err=True)
         return

@@ -22,7 +22,7 @@ from .cuts import cut_options
 from .into import into_options, merge_into, refuse_alone, taken
 from .output import print_json, progress, size, table
 from .rule_options import WithRule
-from .transferred import of_hub, spoken
+from .transferred import spoken, told
 
 if TYPE_CHECKING:
     from ..format import SiteContents
@@ -178,7 +178,7 @@ def merge(
             raise click.UsageError("--report is about merged adapters; with --into, say -v to see every module")
         merge_into(
             merged, names, asked.weights, into, own=asked.by_module, out=out,
-            keep=keep, any_base=any_base, dry_run=dry_run, force=force,
+            keep=keep, any_base=any_base, inputs=asked.inputs, dry_run=dry_run, force=force,
             as_json=as_json, verbose=verbose, quiet=quiet,
         )  # fmt: skip
         if said:
@@ -194,13 +194,12 @@ def merge(
         if said:
             click.echo(said, err=True)
         if as_json:
-            told = {**_report(planned, names, asked.weights, asked.rule), **_foretold(planned)}
-            print_json({"dry_run": True, **told, "hub": of_hub(asked.inputs)})
+            plain = {**_report(planned, names, asked.weights, asked.rule), **_foretold(planned)}
+            print_json({"dry_run": True, **plain, **told(asked.inputs)})
         elif not quiet:
             click.echo(summary(planned, "would write", out))
             click.echo(_forecast(planned, verbose))
-            if (taken_in := of_hub(asked.inputs)) is not None:
-                click.echo(f"transferred {spoken(taken_in)}")
+            spoken(asked.inputs)
             if out is not None and os.path.lexists(out) and not force:
                 click.echo(f"but {out} exists: choose another -o or pass --force", err=True)
         return

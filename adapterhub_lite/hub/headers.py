@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import threading
@@ -14,8 +13,8 @@ from pathlib import Path
 from ..checkpoint import MAX_HEADER, later
 from ..errors import HubError
 from .listing import File, Listing, digests, listed, remember
-from .pull import ADAPTER, BASE, Pulled, cached, chosen, fetch, note_branch, resolve, told_of
-from .reference import Reference, on_hub
+from .pull import ADAPTER, Pulled, cached, chosen, fetch, note_branch, resolve, told_of
+from .reference import Reference
 from .wire import Transfer, part
 
 FIRST = 1 << 14  # bytes of a safetensors file that are asked for first
@@ -39,20 +38,11 @@ class Found:
         return sum(file.size for file in self.files.values())
 
 
-def folder(ref: str | os.PathLike[str]) -> Path:
-    """The folder `ref` if there is one, else that of a model on the Hub, of which only the headers are fetched."""
-    reference = on_hub(ref)
-    if reference is None:
-        return Path(ref)
-    found = find(reference, BASE)
-    _KEPT.append(found)
-    return found.folder
-
-
 def find(reference: Reference, patterns: Sequence[str] = ADAPTER) -> Found:
     """The folder's headers; of one that is in the cache already, its files, verified.
 
-    What is not there yet is fetched, whole and verified, when a tensor is first read: see `checkpoint.later`.
+    What is not there yet is fetched, whole and verified, when a tensor is first read: see `checkpoint.later`. The
+    headers are there as long as what is returned is.
     """
     from huggingface_hub import constants
 
@@ -98,9 +88,6 @@ def _whole(listing: Listing, file: File, transfer: Transfer, reference: Referenc
             return content
     what = f"{file.path!r} is not what the Hub announced, {file.size} bytes of {file.digest}"
     raise HubError(what, where=reference, fix="it was fetched twice: try later, or ask its owner", reason="corrupt")
-
-
-_KEPT: list[Found] = []  # models whose headers are in use until the process ends
 
 
 class _Rest:
