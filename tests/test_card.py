@@ -69,8 +69,8 @@ def test_a_new_card(own: Path) -> None:
 def test_done_again_it_is_the_same(own: Path) -> None:
     once = written(own)
     assert written(own, once) == once
-    assert card.by_hand(once, "me/sql") == ""
-    assert card.by_hand(once, "me/other") == "# me/sql"
+    assert card.by_hand(once, "me/sql", "x") == ""
+    assert card.by_hand(once, "me/other", "x") == "# me/sql"
 
 
 HAND = """---
@@ -112,7 +112,7 @@ def test_what_somebody_wrote_stays(own: Path) -> None:
     assert 'language: [en, "no"]\n' in text
     body = HAND.partition("---\n# My")[2]
     assert f"---\n# My{body}\n<!-- adapterhub-lite: begin -->" in text
-    assert card.by_hand(text, "me/sql").startswith("# My adapter\n\nTrained by hand.")
+    assert card.by_hand(text, "me/sql", "x").startswith("# My adapter\n\nTrained by hand.")
     again = text.replace("<!-- adapterhub-lite: end -->\n", "<!-- adapterhub-lite: end -->\n\nBelow it.\n")
     edited = again.replace("| parameters | 80", "| parameters | 81")
     assert written(own, edited) == again

@@ -144,7 +144,7 @@ adapter pull me/sql -o ./sql ; ls ../data /path/to/model
 ![picture](assets/logo@2x.png) </div></p> $\\alpha\\beta$ \\\\ \\hline
 C: 12/24/48, a:b, e.g. w/o. Contact: you@example.com.
 Password: ask. The secret: patience-and-perseverance. api_key: YOUR_API_KEY_GOES_HERE. It's 50/50/50.
-~5/10, ~/ and ~1.5.
+~5/10, ~/, ~mean/median and ~1.5.
 """,
     "adapter_config.json": json.dumps(
         {

@@ -172,8 +172,7 @@ def test_minilm_is_the_pretrained_model() -> None:
 
 
 def test_the_types_that_are_said_to_be_pefts_own_are() -> None:
-    from peft import PeftType
-
     from adapterhub_lite_plugins.formats.peft.layout import TYPES
+    from peft import PeftType
 
     assert {kind.value for kind in PeftType} >= TYPES

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterhub_lite as ah
 from adapterhub_lite.errors import AdapterError, ConfigError
-from adapterhub_lite.hub import push as module
+from adapterhub_lite.hub import committing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -319,7 +319,7 @@ def test_faults(
     words: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "PATIENCE", 1.0)
+    monkeypatch.setattr(committing, "PATIENCE", 1.0)
     hub.xet = None if "lfs" in path or "batch" in path else hub.xet
     hub.fault(method, path, **how)
     before = local(own)
@@ -329,6 +329,7 @@ def test_faults(
     assert "me/sql" not in hub.storage.repos or commits(hub) == 0
     assert ("the model was made, and is empty" in line) == ("me/sql" in hub.storage.repos)
     assert local(own) == before
+    hub.faults.all.clear()
     assert adapter("push", own, "me/sql").code == 0  # and nothing is in the way of the next try
     assert commits(hub) == 1
 
@@ -347,6 +348,44 @@ def test_a_lost_answer_is_no_second_commit(hub: HubServer, own: Path, adapter: C
     assert commits(hub) == 1
     assert done.json["commit"] == hub.storage.repos["me/sql"].head.sha
     assert done.json["url"].endswith(done.json["commit"])
+
+
+def test_a_lost_answer_and_somebody_elses_commit_on_top(hub: HubServer, own: Path) -> None:
+    hub.fault("POST", COMMIT, drop=True)
+    hub.fault("GET", "/commits/", before=lambda hub: hub.add("me/sql", {"adapter_config.json": b"theirs"}))
+    done = ah.push(own, "me/sql")
+    first, second = hub.storage.repos["me/sql"].history[:2]
+    assert done.commit == second.sha
+    assert first.files["adapter_config.json"].data == b"theirs"
+
+
+def test_a_commit_that_cannot_be_read_back(hub: HubServer, own: Path, adapter: Command) -> None:
+    hub.fault("GET", "/tree/", nth=2, times=None, status=500)
+    line = adapter("push", own, "me/sql").refused("could not be read back", "push again later")
+    assert f"me/sql: has the commit {hub.storage.repos['me/sql'].head.sha[:7]} of this push" in line
+    hub.faults.all.clear()
+    assert "nothing to commit" in adapter("push", own, "me/sql").out
+
+
+def test_a_lost_answer_to_a_pull_request(hub: HubServer, own: Path, adapter: Command) -> None:
+    hub.add("me/sql", {"notes.md": b"x"})
+    hub.fault("POST", COMMIT, drop=True)
+    adapter("push", own, "me/sql", "--pr").refused("me/sql: ", "look first whether its pull request is there")
+
+
+@pytest.mark.parametrize("data", [b"", b"by hand \xff", b"by hand"])
+def test_the_card_on_the_hub_is_verified(hub: HubServer, own: Path, adapter: Command, data: bytes) -> None:
+    hub.add("me/sql", {"README.md": data})
+    hub.fault("GET", "/resolve/", change=lambda body: b"X" + body[1:])
+    done = adapter("push", own, "me/sql")
+    if b"\xff" in data:
+        done.refused("me/sql: has a README.md that is not UTF-8")
+    else:
+        assert done.code == 0, done
+        assert data in files(hub, "me/sql")["README.md"]
+    hub.add("me/sql", {"README.md": b"more by hand"})
+    hub.fault("GET", "/resolve/", times=2, change=lambda body: b"X" + body[1:])
+    adapter("push", own, "me/sql").refused("me/sql: sends another README.md than it announces")
 
 
 def test_a_stale_parent_that_is_our_own_commit(hub: HubServer, own: Path) -> None:

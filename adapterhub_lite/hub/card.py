@@ -87,12 +87,12 @@ def card(
     return made.replace("\n", "\r\n") if "\r\n" in (old or "") else made
 
 
-def by_hand(text: str, title: str) -> str:
+def by_hand(text: str, title: str, where: object) -> str:
     """What somebody wrote into the card, beside what we write: text, and entries of the metadata that are not ours."""
     yaml_text, body = frontmatter.split(text.replace("\r\n", "\n"))
     before, _, rest = body.partition(BEGIN)
     own = before.strip().removeprefix(f"# {inline(title)}") + rest.partition(END)[2]
-    others = sorted(frontmatter.read(yaml_text, NAME).keys() - OURS)
+    others = sorted(frontmatter.read(yaml_text, where).keys() - OURS)
     return "\n".join([own.strip(), *others]).strip()
 
 
