@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .folding import fold as fold
     from .folding.verify import verify as verify
     from .hookspecs import hookimpl as hookimpl
+    from .hub.push import push as push
     from .live import adapt as adapt
     from .protocol import Method as Method
     from .protocol import Params as Params
@@ -99,6 +100,7 @@ _HOME = {
     "fold": "folding",
     "verify": "folding.verify",
     "hookimpl": "hookspecs",
+    "push": "hub.push",
     "adapt": "live",
     "Method": "protocol",
     "Params": "protocol",

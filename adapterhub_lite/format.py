@@ -80,6 +80,8 @@ class Contents:
     """PEFT's `fan_in_fan_out`."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What we stored about the adapter ourselves: recipe, input hashes, error, a sketch of the base."""
+    readers: tuple[str, ...] = ()
+    """Other libraries that load the folder, as the Hub calls them; the usual one first."""
 
 
 class Writer(Protocol):

@@ -47,6 +47,14 @@ def nbytes(text: str) -> int:
     return found
 
 
+def size(nbytes: int) -> str:
+    """Bytes as people read them: powers of ten, as disks and the Hub count."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.1f} {name}"
+    return f"{nbytes} bytes"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Input:
     """One of the adapters."""

@@ -169,3 +169,10 @@ def test_minilm_is_the_pretrained_model() -> None:
     v = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
     cosines = v @ v.T
     assert cosines[0, 1] > 0.5 > 0.2 > cosines[0, 2]
+
+
+def test_the_types_that_are_said_to_be_pefts_own_are() -> None:
+    from adapterhub_lite_plugins.formats.peft.layout import TYPES
+    from peft import PeftType
+
+    assert {kind.value for kind in PeftType} >= TYPES

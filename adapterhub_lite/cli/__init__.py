@@ -31,6 +31,8 @@ COMMANDS = {
     "verify": ("verify", "Whether an output is what was written, and what its recipe gives."),
     "compile": ("compile", "A composition, sums and chains of adapters, into one plain LoRA."),
     "convert": ("convert", "A folder of another dialect, AdapterHub's say, in PEFT's layout."),
+    "search": ("search", "Adapters on the Hub for a base model, by what their headers say."),
+    "push": ("push", "A folder to the Hub, as one commit: checked, searched for leaks, with its card."),
     "plugin": ("plugin", "Write a plugin package, and check it."),
     "demo": ("demo", "Train two adapters on a small model, merge them, look at what happened."),
     "completion": ("completion", "Shell completion for bash, zsh or fish."),

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ..recipe import nbytes
+from ..recipe import size as size
 
 
 def print_json(value: Any) -> None:
@@ -38,14 +39,6 @@ def number(x: float | None) -> str:
 def share(x: float | None) -> str:
     """A cosine or an overlap, to three places."""
     return "-" if x is None else f"{x + 0.0:.3f}".replace("-0.000", "0.000")
-
-
-def size(nbytes: int) -> str:
-    """Bytes as people read them: powers of ten, as disks and the Hub count."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.1f} {name}"
-    return f"{nbytes} bytes"
 
 
 class Size(click.ParamType[int]):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .again import Compared
 
 ADAPTER = "adapter_config.json"
+CARD = "README.md"  # anybody may write into it, and publishing does
 FIX = "fold again, or copy the folder again from where it is whole"
 BLOCKS = 4  # of each tensor, that are computed again
 AT_ONCE = 4  # files that are read at once
@@ -140,6 +141,7 @@ class _Model:
         self.replaced: list[str] = sorted(told["replaced"])
         self.where = folder / manifest.NAME
         self.nbytes = 0
+        self.other_card = False
         self.recipe = _checked_recipe(told["recipe"], self.where)
 
     def verified(self, blocks: int | None, seed: int) -> Verified:
@@ -147,8 +149,10 @@ class _Model:
         self.nbytes = self._digests()
         model = BaseModel.open(self.folder)
         self._headers({name: shard.path for name, shard in model.shards.items()})
-        checked = [f"{len(self.files)} files have the digests of the manifest", "headers and index are whole"]
+        files = len(self.files) - (self.other_card and CARD in self.files)
+        checked = [f"{files} files have the digests of the manifest", "headers and index are whole"]
         unchecked = [f"hidden files: {', '.join(hidden[:5])}"] if hidden else []
+        unchecked += [f"{CARD}, which was written since"] if self.other_card else []
         source = None if self.base is None else self._base()
         checked += ["the base's headers and other files are those of the recipe"] if source else []
         merged = None
@@ -156,7 +160,7 @@ class _Model:
             own = found(self.recipe["of"], self.adapters, self.where)
             merged = rebuilt(self.recipe["of"], own, self.where)
             checked.append("the adapters have the digests of the recipe")
-        files, tensors = len(self.files), len(model.tensors)
+        tensors = len(model.tensors)
         if source is None or merged is None:
             lacking = [*(["--base"] if source is None else []), *(["--adapters"] if merged is None else [])]
             unchecked.append(f"that the weights are what the recipe gives: give {' and '.join(lacking)}")
@@ -178,6 +182,9 @@ class _Model:
             elif str(path) != manifest.NAME:
                 there.add(str(path))
         for name in sorted(there ^ self.files.keys()):
+            if name == CARD and name in there:
+                self.other_card = True
+                continue
             if name in there:
                 raise FileError(
                     "is not in the manifest", where=self.folder / name, fix="remove it, if you know what it is"
@@ -196,7 +203,9 @@ class _Model:
         pool = ThreadPoolExecutor(AT_ONCE)
         try:
             for name, digest in zip(names, pool.map(lambda name: sha256(self.folder / name), names), strict=True):
-                if digest != self.files[name]:
+                if digest != self.files[name] and name == CARD:
+                    self.other_card = True
+                elif digest != self.files[name]:
                     what = "is not what was written: its SHA-256 differs"
                     raise FileError(what, where=self.folder / name, fix=FIX)
                 done += sizes[name]

@@ -82,7 +82,7 @@ class AdapterHubFormat:
             sites = {name: SiteContents(*method.place("", _shapes(part)), part) for name, part in sorted(parts.items())}
         except ConfigError as e:
             raise FileError(e.what, where=folder / CONFIG, fix=e.fix or "restore the folder") from None
-        return Contents(method=method, sites=sites, base=config.base)
+        return Contents(method=method, sites=sites, base=config.base, readers=("adapters",))
 
     def replaced(
         self, kept: Mapping[str, Any], options: Mapping[str, Any]

@@ -18,7 +18,7 @@ from adapterhub_lite.format import Contents, Format, Writer
 from .config import Entries, base_class, read_config
 from .facts import named, read_facts, with_shape
 from .joined import split_tensors, writing_joined
-from .layout import CONFIG, PICKLE, WEIGHTS, tails
+from .layout import CONFIG, PICKLE, TYPES, WEIGHTS, tails
 from .tensors import shared_tensors, sort_tensors
 from .wholes import replaced
 from .writing import writing
@@ -53,6 +53,7 @@ class PeftFormat:
         targets = entries.targets()
         kept_options = entries.kept()
         method = named(facts, entries.method(methods), methods, folder / WEIGHTS)
+        readers = ("peft",) if method.peft_type in TYPES else ()
         count = 0 if method.peft_joined is None else entries.count(method.peft_joined)
         entries.refuse_leftovers()
         if count:
@@ -66,6 +67,7 @@ class PeftFormat:
                 base_class=base_class(config),
                 task=task,
                 facts=facts,
+                readers=readers,
             )
         shared = shared_tensors(checkpoint, method)
         sites, kept = sort_tensors(checkpoint, method, shared, kept_options, folder)
@@ -93,6 +95,7 @@ class PeftFormat:
             targets=None if selective else targets,
             transposed=transposed,
             facts=facts,
+            readers=readers,
         )
 
     def replaced(

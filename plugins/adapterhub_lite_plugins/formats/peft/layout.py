@@ -10,6 +10,15 @@ from adapterhub_lite.format import SiteContents
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ROOT = "base_model."  # what an adapter has only once hangs on PEFT's own module
 PREFIX = ROOT + "model."
+# What PEFT itself loads, by `peft_type`; a method of ours may have another.
+TYPES = frozenset(
+    [
+        *("ADALORA", "ADAPTION_PROMPT", "BOFT", "C3A", "CPT", "DELORA", "FOURIERFT", "GRALORA", "HRA", "IA3"),
+        *("LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "MULTITASK_PROMPT_TUNING", "OFT", "OSF", "POLY"),
+        *("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS"),
+        *("VBLORA", "VERA", "WAVEFT", "XLORA"),
+    ]
+)
 
 
 def within(module: str, path: str) -> bool:
