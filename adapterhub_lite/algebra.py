@@ -288,6 +288,23 @@ def spectrum(x: Delta) -> Tensor:
 
 
 @torch.no_grad()
+def largest_values(x: Delta, least: int) -> tuple[Tensor, float]:
+    """At least so many singular values, descending, and the squares of all others, summed up.
+
+    All of them, unless the matrix is large and `least` is a small part of its rank.
+
+    >>> values, rest = largest_values(Dense(torch.diag(torch.arange(1.0, 601.0))), 2)
+    >>> [round(value, 6) for value in values.tolist()], round(rest)
+    ([600.0, 599.0], 71461299)
+    """
+    if not _has_core(x) and krylov.pays(torch.Size(x.shape), least):
+        W = _finite(_dense(x))
+        if (few := krylov.leading(W, least)) is not None:
+            return few[1], max(0.0, _length(W) ** 2 - _dot(few[1], few[1]))
+    return spectrum(x), 0.0
+
+
+@torch.no_grad()
 def truncate(x: Delta, rank: int) -> tuple[LowRank, Delta]:
     """The best approximation of at most this rank, and the exact rest: (kept, dropped).
 
