@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ _AT_ONCE = 128
 # Gathered rows and columns held at once by `inner(Sparse, LowRank)`: 32 MiB of float64.
 _GATHER = 1 << 22
 
-# How far the columns of a factor may be from orthogonal for the passes of `_qr`.
+# How far the columns of a factor may be from orthogonal for the passes of `qr`.
 _ONE_PASS, _TWO_PASSES = 32.0, 1e6
 
 _ROWS = torch.contiguous_format
@@ -288,6 +288,23 @@ def spectrum(x: Delta) -> Tensor:
 
 
 @torch.no_grad()
+def largest_values(x: Delta, least: int) -> tuple[Tensor, float]:
+    """At least so many singular values, descending, and the squares of all others, summed up.
+
+    All of them, unless the matrix is large and `least` is a small part of its rank.
+
+    >>> values, rest = largest_values(Dense(torch.diag(torch.arange(1.0, 601.0))), 2)
+    >>> [round(value, 6) for value in values.tolist()], round(rest)
+    ([600.0, 599.0], 71461299)
+    """
+    if not _has_core(x) and krylov.pays(torch.Size(x.shape), least):
+        W = _finite(_dense(x))
+        if (few := krylov.leading(W, least)) is not None:
+            return few[1], max(0.0, _length(W) ** 2 - _dot(few[1], few[1]))
+    return spectrum(x), 0.0
+
+
+@torch.no_grad()
 def truncate(x: Delta, rank: int) -> tuple[LowRank, Delta]:
     """The best approximation of at most this rank, and the exact rest: (kept, dropped).
 
@@ -445,8 +462,8 @@ def svd(x: Delta) -> tuple[Tensor, Tensor, Tensor]:
     if not _has_core(x):
         U, S, Vh = torch.linalg.svd(_finite(_dense(x)), full_matrices=False)
         return U, S, Vh
-    QB, CB, RB = _qr(_f64(x.B))
-    QA, CA, RA = _qr(_f64(x.A).mT)
+    QB, CB, RB = qr(_f64(x.B))
+    QA, CA, RA = qr(_f64(x.A).mT)
     U, S, Vh = torch.linalg.svd(_finite(x.scale * (RB @ RA.mT)))
     return QB @ (CB @ U), S, (Vh @ CA.mT) @ QA.mT
 
@@ -463,8 +480,17 @@ def _core(x: LowRank) -> Tensor:
     return core
 
 
-def _qr(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, C, R of a tall M = (Q C) R, where Q C has orthonormal columns and R is (r, r).
+class Factored(NamedTuple):
+    """M = (Q C) R, where Q C has orthonormal columns; of a tall M (d, r) the other two are (r, r)."""
+
+    Q: Tensor
+    C: Tensor
+    R: Tensor
+
+
+@torch.no_grad()
+def qr(M: Tensor) -> Factored:
+    """The factors of M (d, r), float64, with Q C not multiplied out, which is not always needed.
 
     Householder's QR is the slowest step of a truncation, so it is left to columns that are
     nearly dependent. For the others R is the Cholesky factor of MᵀM. `growth` says how far
@@ -474,6 +500,9 @@ def _qr(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Otherwise a second pass starts from M R⁻¹: CholeskyQR2, analysed by Yamamoto et al. in
     ETNA 44 (2015), pages 306 to 326.
     """
+    if M.shape[-1] > M.shape[-2]:
+        Q, R = torch.linalg.qr(M)
+        return Factored(Q, torch.eye(Q.shape[-1], dtype=M.dtype, device=M.device), R)
     gram = M.mT @ M
     identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
     first, failed = torch.linalg.cholesky_ex(gram, upper=True)
@@ -481,21 +510,18 @@ def _qr(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     growth = math.inf if failed.any() else _largest((lengths[..., None] * inverse.abs()).sum(-2))
     if growth < _ONE_PASS:
-        return M, inverse, first
+        return Factored(M, inverse, first)
     if growth < _TWO_PASSES:
-        Q, C, R = _qr(torch.linalg.solve_triangular(first, M, upper=True, left=False))
-        return Q, C, R @ first
+        Q, C, R = qr(torch.linalg.solve_triangular(first, M, upper=True, left=False))
+        return Factored(Q, C, R @ first)
     Q, R = torch.linalg.qr(M)
-    return Q, identity, R
+    return Factored(Q, identity, R)
 
 
 def orthonormal(M: Tensor) -> tuple[Tensor, Tensor]:
     """Q and R of M (d, r) = Q R in float64, where Q (d, min(d, r)) has orthonormal columns."""
-    if M.shape[-1] > M.shape[-2]:
-        Q, R = torch.linalg.qr(_f64(M))
-        return Q, R
-    Q, C, R = _qr(_f64(M))
-    return Q @ C, R
+    Q, C, R = qr(_f64(M))
+    return (Q if M.shape[-1] > M.shape[-2] else Q @ C), R
 
 
 def _f64(x: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ class WeightedSum:
     def spectrum(self, site: str, least: int) -> Spectrum:
         from . import algebra
 
-        return Spectrum(algebra.spectrum(self.piece(site).delta).tolist())
+        values, rest = algebra.largest_values(self.piece(site).delta, least)
+        return Spectrum(values.tolist(), rest)
 
     def truncated(self, site: str, rank: int) -> Piece:
         from . import algebra

@@ -44,6 +44,32 @@ def joint(parts: Sequence[Part]) -> Joint:
     return Joint(Q, P, [b @ a.mT for b, a in pairs])
 
 
+class Aligned(NamedTuple):
+    """Adapters in the left singular basis of all of them side by side: ΔWᵢ = U leftᵢ Aᵢ."""
+
+    U: LowRank  # (out, k), as two factors: who needs it multiplies them
+    left: list[Tensor]  # (k, rᵢ) each
+    A: list[Tensor]  # (rᵢ, in) each, float64
+
+
+@torch.no_grad()
+def aligned(parts: Sequence[Part]) -> Aligned:
+    """The adapters, without their weights, in the basis U of [ΔW₁ … ΔW_N] = U Σ [V₁ᵀ … V_Nᵀ].
+
+    >>> part = Part(LowRank(torch.ones(5, 1), torch.ones(1, 4)), 0.5)
+    >>> own = aligned([part, part])
+    >>> own.left[0].shape, (own.U.dense() @ own.left[1] @ own.A[1]).round(decimals=9).unique().tolist()
+    (torch.Size([1, 1]), [1.0])
+    """
+    low = [algebra.low_rank(part.delta) for part in parts]
+    M, C, R = algebra.qr(torch.cat([algebra.scaled_b(own) for own in low], -1))
+    A = [own.A.double() for own in low]
+    right = [algebra.qr(own.mT).R if len(own) <= own.shape[1] else own.mT for own in A]
+    left = R.split([own.rank for own in low], -1)  # (R, rᵢ) each
+    U, _, _ = singular(torch.cat([b @ a.mT for b, a in zip(left, right, strict=True)], -1))  # (R, k)
+    return Aligned(LowRank(M, C @ U), [U.mT @ b for b in left], A)
+
+
 def orthonormal(M: Tensor) -> tuple[Tensor, Tensor]:
     """Q and R of M = Q R, with as many columns in Q as M has columns, or rows if those are fewer."""
     return algebra.orthonormal(M.double())

@@ -20,9 +20,9 @@ _LEAST = 1e-300  # to divide 0 by
 _HALF = 1 << 15  # values of the upper or the lower half of a positive float32's bits
 
 
-def blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+def blocks(shape: tuple[int, ...], entries: int = _BLOCK) -> Iterator[slice]:
     """Rows of the matrix, some at a time."""
-    step = max(1, _BLOCK // max(1, shape[-1]))
+    step = max(1, entries // max(1, shape[-1]))
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
@@ -131,7 +131,7 @@ class Counts(NamedTuple):
 def count(delta: Delta, upper: int | None) -> Counts:
     """How many magnitudes have each value of the upper 16 bits; or with these upper bits, of the lower 15."""
     found, delta = np.zeros(2 * _HALF if upper is None else _HALF, np.int64), ready(delta)
-    for which in blocks(tuple(delta.shape)):
+    for which in blocks(tuple(delta.shape), 4 * _BLOCK):  # more at once than there are counts
         bits = rows(delta, which).float().abs_().numpy().view(np.uint32).reshape(-1)
         if upper is None:
             found += np.bincount(bits >> 15, minlength=len(found))

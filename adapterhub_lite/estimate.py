@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .checkpoint import ITEMSIZE
 from .combine import Truncated
 from .plan import Plan
+
+if TYPE_CHECKING:
+    from .folding import Plan as FoldPlan
+    from .source import Source
 
 START = 2.0  # seconds until torch is imported
 SPEED = 2e9  # float64 operations a second and core, those of small factorisations among them
 DISK = 2e8  # bytes a second
 TORCH = 250_000_000  # bytes that torch itself takes
 ITEM = 8  # bytes of a float64
+MOST_THREADS, IN_WORK = 8, 30_000_000  # of a fold: threads, and bytes that each has in work
 
 
 class Estimate(NamedTuple):
@@ -23,6 +28,10 @@ class Estimate(NamedTuple):
     seconds: float
     nbytes: int
     """Memory at its peak, torch included."""
+
+    def plain(self) -> dict[str, float]:
+        """JSON-able."""
+        return {"seconds": round(self.seconds, 1), "memory": self.nbytes}
 
 
 def estimate(planned: Plan) -> Estimate:
@@ -34,16 +43,37 @@ def estimate(planned: Plan) -> Estimate:
     read = sum(math.prod(t.shape) * ITEMSIZE[t.dtype] for t in tensors)
     if planned.verbatim is not None or planned.recast is not None:
         return Estimate(START + 2 * read / DISK, TORCH + max(read // max(len(whole.sites), 1), 1))
-    workers, inputs = os.cpu_count() or 1, len(whole.contents)
+    workers = os.cpu_count() or 1
     work, largest = 0.0, 0
-    for name, part in whole.sites.items():
-        (out, into), rank = part.shape, whole.extent(name).rank
-        if whole.written_out or rank == min(part.shape):  # a matrix
-            kept = planned.ranks.get(name, rank)
-            work += out * into * (100 * inputs + (40 * (kept + 10) if cut else 0))
-            own = (inputs + 3) * out * into
-        else:
-            work += (out + into) * rank * (20 + (10 * rank if cut else 2 * rank))
-            own = 4 * (out + into) * rank
-        largest = max(largest, ITEM * own)
+    for name in whole.sites:
+        kept = planned.ranks.get(name, whole.extent(name).rank) if cut else None
+        own_work, own = _of_site(whole, name, kept)
+        work, largest = work + own_work, max(largest, own)
     return Estimate(START + (read + planned.nbytes) / DISK + work / SPEED / workers, TORCH + workers * largest)
+
+
+def estimate_fold(planned: FoldPlan) -> Estimate:
+    """Of folding adapters into a base's files: all of it is read and written, what is touched is computed in blocks."""
+    workers = min(os.cpu_count() or 1, MOST_THREADS)
+    work, largest = 0.0, 0
+    for layer in planned.layers.values():
+        out_into = math.prod(layer.weight.shape)
+        for part in layer.parts:
+            source = planned.terms[part.term][1]
+            rank = source.extent(part.site).rank
+            work += out_into * (12 + 0.5 * rank)
+            if source.written_out:
+                own_work, own = _of_site(source, part.site, None)
+                work, largest = work + own_work, max(largest, own)
+    moved = 2 * planned.model.nbytes / DISK
+    return Estimate(START + moved + work / SPEED / workers, TORCH + workers * (IN_WORK + largest))
+
+
+def _of_site(source: Source, name: str, kept: int | None) -> tuple[float, int]:
+    """Operations, and bytes of memory, for what a source gives at one site; cut to a rank if that is given."""
+    (out, into), rank, inputs = source.sites[name].shape, source.extent(name).rank, len(source.contents)
+    if source.written_out or rank == min(out, into):  # a matrix
+        work = out * into * (30 * inputs + (0 if kept is None else 4 * (kept + 10)))
+        return work, ITEM * (inputs + 3) * out * into
+    work = (out + into) * rank * (20 + (2 if kept is None else 10) * rank)
+    return work, ITEM * 4 * (out + into) * rank

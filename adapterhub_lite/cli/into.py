@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ConfigError, printable
+from ..errors import ConfigError, NotMergeable, printable
+from ..estimate import estimate_fold
 from ..hub.reference import on_hub
 from .output import print_json, size, table, transfer
 from .transferred import spoken, told
@@ -87,10 +88,12 @@ def merge_into(
     base: Path = given["into"]
     if dry_run:
         from ..base_model import BaseModel
-        from ..folding import planned
+        from ..folding import contradictions, planned
         from ..hub.headers import find
         from ..hub.pull import BASE
 
+        if len(against := contradictions(adapter, weights=own, any_base=any_base, keep=keep)) > 1:
+            raise NotMergeable(f"{len(against)} conflicts: {' · '.join(map(str, against))}")
         reference = on_hub(base)
         found = None if reference is None else find(reference, BASE, deep=True)
         model = BaseModel.open(base if found is None else found.folder)
@@ -100,6 +103,7 @@ def merge_into(
             print_json({"dry_run": True, "base": str(base), "adapters": _terms(refs, weights), **facts})
         elif not quiet:
             click.echo(_summary(plan, "would write", out))
+            click.echo(_forecast(plan, verbose))
             spoken(inputs, found)
             if out is not None and os.path.lexists(out) and not force:
                 click.echo(f"but {out} exists: choose another -o or pass --force", err=True)
@@ -175,7 +179,32 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "layers": {name: list(layer.weight.shape) for name, layer in plan.layers.items()},
         "replaced": sorted(whole.old.name for whole in plan.wholes),
         "left": list(map(str, plan.model.left)),
+        "estimate": estimate_fold(plan).plain(),
     }
+
+
+def _forecast(plan: Plan, verbose: bool) -> str:
+    """What a dry run tells besides: the effort, and the layers with the ranks of what is added."""
+    lines = ["what the rounding keeps of the change: measured when it is written", _effort(plan)]
+    layers = list(plan.layers.values())
+    rows = [
+        (
+            printable(layer.name),
+            "×".join(map(str, layer.weight.shape)),
+            str(sum(plan.terms[part.term][1].extent(part.site).rank for part in layer.parts)),
+            size(sum(info.nbytes for info in layer.touched)),
+        )
+        for layer in (layers if verbose else layers[:WORST])
+    ]
+    lines.append(table(rows, ("module", "shape", "rank", "size"), right=(1, 2, 3)))
+    if len(rows) < len(layers):
+        lines.append(f"… and {len(layers) - len(rows)} modules (-v shows all)")
+    return "\n".join(lines)
+
+
+def _effort(plan: Plan) -> str:
+    guess = estimate_fold(plan)
+    return f"estimate, within a factor of a few: {guess.seconds:.0f} s, {size(guess.nbytes)} of memory"
 
 
 def _summary(plan: Plan, did: str, out: Path | None) -> str:

@@ -294,9 +294,8 @@ def summary(planned: Plan, did: str, out: Path | None) -> str:
 
 
 def _foretold(planned: Plan) -> dict[str, Any]:
-    guess = estimate(planned)
     error = 0.0 if planned.verbatim is not None else None
-    return {"predicted_error": error, "estimate": {"seconds": round(guess.seconds, 1), "memory": guess.nbytes}}
+    return {"predicted_error": error, "estimate": estimate(planned).plain()}
 
 
 def _forecast(planned: Plan, verbose: bool) -> str:

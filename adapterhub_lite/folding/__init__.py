@@ -28,6 +28,7 @@ from .journal import NAME as JOURNAL
 from .journal import Journal, begun
 from .manifest import Folded as Folded
 from .planning import Plan as Plan
+from .planning import contradictions as contradictions
 from .planning import planned as planned
 from .shards import Done, Job, Shard, fold_shard, lay_out
 

@@ -16,7 +16,7 @@ from typing import Any
 from .. import per_site
 from .._version import __version__
 from ..adapter import Adapter
-from ..agreement import asked, common, equal
+from ..agreement import asked, common, conflicts, equal
 from ..base_model import BaseModel
 from ..checkpoint import TensorInfo
 from ..checkpoint import whole as whole_file
@@ -110,10 +110,8 @@ def planned(
 ) -> Plan:
     """What folding `adapter` into `model` will do. Raises as `fold` does, for all that headers tell."""
     terms = _weighed(adapter, weights)
-    named = [(_by_site(weight, source), source) for weight, source in terms]
-    found = layers(model, named)
-    weighed = zip(terms, named, strict=True)
-    active = [source for (w, source), (own, _) in weighed if any(own.values()) or (not own and w != 0)]
+    found = layers(model, [(_by_site(weight, source), source) for weight, source in terms])
+    active = _active(terms)
     wholes: tuple[Whole, ...] = ()
     told: Mapping[str, Any] = {}
     if active:
@@ -123,6 +121,19 @@ def planned(
     if not found and not wholes:
         raise NotMergeable("nothing is left to fold: all weights are zero", fix="give a weight that is not zero")
     return Plan(model, terms, found, wholes, told)
+
+
+def contradictions(
+    adapter: Adapter, *, weights: Sequence[Weight] | None = None, any_base: bool = False, keep: str | None = None
+) -> list[NotMergeable]:
+    """All in which the adapters that have a weight contradict each other, where `planned` tells the first."""
+    return conflicts(labelled(_active(_weighed(adapter, weights))), any_base=any_base, keep=keep)
+
+
+def _active(terms: Sequence[tuple[Weight, Source]]) -> list[Source]:
+    """Those that have a weight somewhere."""
+    weighed = [(w, _by_site(w, source), source) for w, source in terms]
+    return [source for w, own, source in weighed if any(own.values()) or (not own and w != 0)]
 
 
 def _retained(parts: Sequence[Sequence[float]]) -> Retained:

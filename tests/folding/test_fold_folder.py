@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -223,7 +224,11 @@ def test_a_plan_needs_no_torch_and_writes_nothing(tmp_path: Path) -> None:
     words = ["merge", part, "--into", folder, "-o", tmp_path / "out", "--dry-run"]
     done = real("-c", code, *words, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {
+    told = json.loads(done.stdout)
+    guess = told.pop("estimate")
+    assert 0 < guess["seconds"] < 60
+    assert 10**8 < guess["memory"] < 10**9
+    assert told == {
         "dry_run": True,
         "base": str(folder),
         "adapters": [{"ref": str(part), "weight": 1.0}],
@@ -236,6 +241,8 @@ def test_a_plan_needs_no_torch_and_writes_nothing(tmp_path: Path) -> None:
     said = real("-c", code, *words)
     assert "would write" in said.stdout
     assert "2 layers changed, in 2 of 4 files" in said.stdout
+    assert "estimate, within a factor of a few: " in said.stdout
+    assert re.search(r"net\.0\.q +9×6 +\d+ +216", said.stdout)
     assert digests(tmp_path) == before
     refused = real("-c", code, "merge", write_lora(tmp_path / "z", {"no": (2, 2)}), *words[2:])
     assert refused.returncode == 1

@@ -74,21 +74,23 @@ def _bases(D: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     U, V = (cores.singular(torch.cat([*M], 1))[0][:, :rank] for M in (D, D.mT))  # (R, k), (R', k')
     whole, last = float(D.square().sum()), float("inf")
     for step in range(_STEPS):
-        U = _left(D @ V, U.shape[1])
-        V = _left(D.mT @ U, V.shape[1])
-        lost = max(0.0, whole - float((U.mT @ D @ V).square().sum())) ** 0.5
+        U, _ = _left(D @ V, U.shape[1])
+        V, held = _left(D.mT @ U, V.shape[1])
+        lost = max(0.0, whole - held) ** 0.5
         if step > 1 and abs(last - lost) <= _TOLERANCE * whole**0.5:
             break
         last = lost
     return U, V
 
 
-def _left(M: Tensor, k: int) -> Tensor:
-    """The k leading left singular vectors of (N, rows, columns) side by side, from the rows' Gram matrix."""
+def _left(M: Tensor, k: int) -> tuple[Tensor, float]:
+    """The k leading left singular vectors of (N, rows, columns) side by side, and their σ², summed up."""
     import torch
 
-    own: Tensor = torch.linalg.eigh((M @ M.mT).sum(0)).eigenvectors  # ascending
-    return own[:, own.shape[1] - k :].flip(1)
+    flat = M.transpose(0, 1).flatten(1)
+    values, vectors = torch.linalg.eigh(flat @ flat.mT)  # ascending
+    own: Tensor = vectors[:, len(values) - k :]
+    return own, float(values[len(values) - k :].sum())
 
 
 @hookimpl

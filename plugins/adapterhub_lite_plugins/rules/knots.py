@@ -13,6 +13,8 @@ from adapterhub_lite.rule import Facts
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from adapterhub_lite.cores import Aligned
+
 
 @dataclass(frozen=True, kw_only=True)
 class Knots(Rule):
@@ -43,9 +45,9 @@ class Knots(Rule):
         return 2 if self.scope == "model" and self.density < 1 else 0
 
     def observe(self, parts: Sequence[Part], place: Place, facts: Facts) -> Facts:
-        from adapterhub_lite import elementwise
+        from adapterhub_lite import cores, elementwise
 
-        return elementwise.observe(self._aligned(parts)[1], facts)
+        return elementwise.observe(self._small(parts, cores.aligned(parts)), facts)
 
     def conclude(self, observed: Mapping[str, Facts], facts: Facts) -> Facts:
         from adapterhub_lite import elementwise
@@ -53,29 +55,27 @@ class Knots(Rule):
         return elementwise.conclude(observed, facts, self.density)
 
     def merge(self, parts: Sequence[Part], place: Place, facts: Facts) -> Delta:
-        from adapterhub_lite import LowRank, elementwise
+        from adapterhub_lite import LowRank, cores, elementwise
 
-        U, aligned = self._aligned(parts)  # (out, R), and of each adapter Σ Vᵀ (R, in)
+        own = cores.aligned(parts)
+        small = self._small(parts, own)
         if self.passes:
-            kept = [facts["thresholds"][part.number] for part in aligned]
+            kept = [facts["thresholds"][part.number] for part in small]
         else:
-            kept = [elementwise.threshold(part.delta, self.density) for part in aligned]
+            kept = [elementwise.threshold(part.delta, self.density) for part in small]
 
         def merged(D: Tensor, w: Tensor, which: slice) -> Tensor:  # D: (N, rows, in), w: (N, 1, 1)
-            D = elementwise.trimmed(D, kept)
-            return elementwise.vote(D, w).mul_(self.scale)
+            return elementwise.vote(elementwise.trimmed(D, kept), w).mul_(self.scale)
 
-        return LowRank(U, elementwise.by_rows(aligned, (U.shape[1], place.shape[1]), merged).W)
+        U = own.U.dense()  # (out, R)
+        return LowRank(U, elementwise.by_rows(small, (U.shape[1], place.shape[1]), merged).W)
 
-    def _aligned(self, parts: Sequence[Part]) -> tuple[Tensor, list[Part]]:
-        import torch
+    def _small(self, parts: Sequence[Part], own: Aligned) -> list[Part]:
+        """Of each adapter Σ Vᵀ (R, in)."""
+        from adapterhub_lite import LowRank
 
-        from adapterhub_lite import Dense, cores
-
-        own = cores.joint([part._replace(weight=1.0) for part in parts])
-        U, _, _ = cores.singular(torch.cat(own.cores, 1))  # (R, k): that of [ΔW₁ … ΔW_N] is Q U
-        aligned = [Dense(U.mT @ core @ own.P.mT) for core in own.cores]
-        return own.Q @ U, [part._replace(delta=delta) for part, delta in zip(parts, aligned, strict=True)]
+        deltas = [LowRank(left, A) for left, A in zip(own.left, own.A, strict=True)]
+        return [part._replace(delta=delta) for part, delta in zip(parts, deltas, strict=True)]
 
 
 @hookimpl
