@@ -1,9 +1,9 @@
 """Many adapters resident on one model: tokens a second and memory, against PEFT: `python benchmarks/serving.py`.
 
-A batch of 64 rows decodes one token each, with adapters drawn from all that are there. One process and interleaved, CPU time
-of one thread, the smallest of many rounds; that the outputs are those of PEFT, `batches.py` sees to. Memory is what the
-process has more of since the base stood there, divided by the number of adapters. PEFT is left out from where adding adapters
-takes longer than the limit.
+A batch of 64 rows decodes one token each, with adapters drawn from all that are there. One process and interleaved,
+CPU time of one thread, the smallest of many rounds; that the outputs are those of PEFT, `batches.py` sees to. Memory is
+what the process has more of since the base stood there, divided by the number of adapters. PEFT is left out from where
+adding adapters takes longer than the limit.
 """
 
 from __future__ import annotations
