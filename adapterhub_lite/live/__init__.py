@@ -364,11 +364,12 @@ class Adapters:
     def inference(self) -> Iterator[Adapters]:
         """Within a `with` statement, no gradients, and nothing is computed twice that tensors alone give.
 
-        That is DoRA's m / ‖V‖, which costs more than a layer's call with one token. It is for tensors that do not
-        change. A change that torch counts is noticed at the next call. One that it does not count (through `.data`, by
-        a fused optimizer) is not: then outputs are wrong from there on, and the end, where each layer's values are
-        computed once more, is an `AdapterError`. Compiled and sharded models, tensors made in `torch.inference_mode`,
-        and what runs with gradients all the same compute as ever.
+        That is DoRA's m / ‖V‖, which costs more than a layer's call with one token, and for a batch whose rows have
+        adapters of their own the factors of all rows side by side, which take as much memory once more as long as the
+        batch is active. It is for tensors that do not change. A change that torch counts is noticed at the next call.
+        One that it does not count (through `.data`, by a fused optimizer) is not: then outputs are wrong from there on,
+        and the end, where each layer's values are computed once more, is an `AdapterError`. Compiled and sharded
+        models, tensors made in `torch.inference_mode`, and what runs with gradients all the same compute as ever.
 
         >>> from adapterhub_lite.registry import registry
         >>> adapters = adapt(nn.Sequential(nn.Linear(6, 4)))
@@ -386,8 +387,9 @@ class Adapters:
             for part, own in zip(parts, kept, strict=True):
                 own.check(part.params())
         finally:
-            for part, other in zip(parts, former, strict=True):
+            for part, own, other in zip(parts, kept, former, strict=True):
                 part.kept = other
+                own.drop()
 
     def merge(self) -> None:
         """Fold the active adapters into the weights, which then need no hooks; `unmerge` undoes it bit for bit.

@@ -7,8 +7,8 @@ What is known before a forward is in plans, which all layers of the same ranks s
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,7 +20,9 @@ from ..delta import LowRank
 from ..errors import AdapterError
 from ..site.linear import LinearSite
 from .gating import GatePart
+from .kept import Kept
 from .program import Call, Program, program
+from .stacks import Held, Sources, Stacks, passing
 
 # What a number costs that is moved, and one that is multiplied row by row, of one that is multiplied together: measured
 # on a CPU. A permutation of the rows costs as much as STRETCH.
@@ -35,6 +37,10 @@ class Bucket(NamedTuple):
     uses: tuple[tuple[int, ...], ...]  # by row: numbers of adapters
     coefficients: Tensor  # (rows, 1, rank), weights times scales
     scale: float | None  # all of them, where they are alike
+
+    @property
+    def rank(self) -> int:
+        return self.coefficients.shape[-1]
 
 
 class Plan(NamedTuple):
@@ -85,86 +91,102 @@ class Stack(NamedTuple):
     """The low-rank adapters of a batch at a linear layer."""
 
     parts: tuple[Any, ...]  # of type Part
-    direct: tuple[tuple[Any, tuple[str, str]], ...] | None  # they and the names of A and B, where these are their own
+    direct: Sources | None  # of all A and then of all B, where these are their own
     plan: Plan
     adds_delta: bool  # all of them, in training too
     on: Tensor | None  # (rows,): whether it is one of these; None if all are
+    held: Held
 
     def run(self, x: Tensor, y: Tensor) -> Tensor:
         """For x (rows, …, in) and y (rows, …, out), in y's dtype; computed in the adapters'."""
-        plan = self.plan
+        plan, kept = self.plan, None
+        tensors: list[Tensor] = []
         if self.direct is not None:
-            A = [part._parameters[name] for part, (name, _) in self.direct]
-            B = [part._parameters[name] for part, (_, name) in self.direct]
+            if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                kept = self.parts[0].kept  # while `inference` lasts
+            if kept is None:
+                tensors = self.direct.tensors()
         else:
             deltas = [part.method.delta(part.params(), part.site) for part in self.parts]
-            A, B, scales = [d.A for d in deltas], [d.B for d in deltas], tuple(d.scale for d in deltas)
+            tensors, scales = [*(d.A for d in deltas), *(d.B for d in deltas)], tuple(d.scale for d in deltas)
             if scales != plan.scales:
-                plan = planned(plan.uses, [len(a) for a in A], scales, A[0])
-        dtype = A[0].dtype
+                plan = planned(plan.uses, [d.rank for d in deltas], scales, tensors[0])
+        dtype = tensors[0].dtype if self.direct is None else self.direct.first.dtype
         if x.ndim == 3 and x.dtype == dtype == y.dtype:
-            z = (_together if plan.together(x.shape[1]) else _by_row)(plan, A, B, x, y)
+            z = self._product(plan, kept, tensors, x, y)
         else:
             x_3, y_3 = (t.to(dtype).reshape(len(t), -1, t.shape[-1]) for t in (x, y))  # (rows, tokens, …)
-            z = (_together if plan.together(x_3.shape[1]) else _by_row)(plan, A, B, x_3, y_3).reshape(y.shape)
+            z = self._product(plan, kept, tensors, x_3, y_3).reshape(y.shape)
         if self.on is not None:
             return torch.where(self.on.to(y.device).reshape(-1, *(1 for _ in y.shape[1:])), z.to(y.dtype), y)
         return z.to(y.dtype)
 
+    def _product(self, plan: Plan, kept: Kept | None, tensors: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """For x (rows, tokens, in) and y (rows, tokens, out): y + B (c ⊙ A x)."""
+        together, stacks = plan.together(x.shape[1]), None
+        if kept is not None and self.direct is not None:
+            make = _made_together if together else partial(_made_by_row, plan.buckets)
+            stacks = self.held(kept, self.direct, together, make)
+        if together:
+            return _together(plan, stacks or _made_together(tensors), x, y)
+        return _by_row(plan, tensors, stacks, x, y)
 
-def _together(plan: Plan, A: list[Tensor], B: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
-    h = F.linear(x, torch.cat(A))  # (rows, tokens, Σr)
-    return y + F.linear(h * plan.coefficients.to(h), torch.cat(B, dim=1))
+
+def _made_together(tensors: list[Tensor]) -> Stacks:
+    """The factors of all adapters: A (Σr, in) and B (out, Σr)."""
+    number = len(tensors) // 2
+    return torch.cat(tensors[:number]), torch.cat(tensors[number:], dim=1)
 
 
-def _by_row(plan: Plan, A: list[Tensor], B: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+def _together(plan: Plan, stacks: Stacks, x: Tensor, y: Tensor) -> Tensor:
+    A, B = stacks
+    h = F.linear(x, A)  # (rows, tokens, Σr)
+    return y + F.linear(h * plan.coefficients.to(h), B)
+
+
+def _rows(bucket: Bucket, tensors: list[Tensor], stack: Callable[[list[Tensor], int], Tensor]) -> Stacks:
+    """The factors of each row: A (rows, r, in) and B (rows, out, r)."""
+    A, B = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+    return (
+        stack([A[row[0]] if len(row) == 1 else torch.cat([A[i] for i in row]) for row in bucket.uses], 0),
+        stack([B[row[0]] if len(row) == 1 else torch.cat([B[i] for i in row], 1) for row in bucket.uses], 1),
+    )
+
+
+def _made_by_row(buckets: Sequence[Bucket], tensors: list[Tensor]) -> Stacks:
+    """The factors of each row, to be kept: A, and B transposed, of each bucket in turn."""
+    made = [_rows(bucket, tensors, lambda own, _: torch.stack(own)) for bucket in buckets if bucket.rank]
+    return tuple(t for A, B in made for t in (A, B.mT.contiguous()))  # (rows, r, out) is multiplied faster
+
+
+def _by_row(plan: Plan, tensors: list[Tensor], kept: Stacks | None, x: Tensor, y: Tensor) -> Tensor:
+    """Made of the `tensors` now, or of what was `kept` of them."""
+    ready = iter(() if kept is None else kept)
+
+    def product(bucket: Bucket, x: Tensor, y: Tensor) -> Tensor:
+        if not bucket.rank:
+            return y
+        if kept is not None:
+            return _product(bucket, next(ready), next(ready), x, y)
+        A, B = _rows(bucket, tensors, passing)
+        return _product(bucket, A, B.mT, x, y)
+
     if len(plan.buckets) == 1:
-        return _bucket(plan.buckets[0], A, B, x, y)
+        return product(plan.buckets[0], x, y)
     if plan.order is not None:
         x, y = x[plan.order.to(x.device)], y[plan.order.to(y.device)]
     sizes = [len(bucket.uses) for bucket in plan.buckets]
     parts = zip(plan.buckets, x.split(sizes), y.split(sizes), strict=True)
-    z = torch.cat([_bucket(bucket, A, B, x_b, y_b) for bucket, x_b, y_b in parts])
+    z = torch.cat([product(bucket, x_b, y_b) for bucket, x_b, y_b in parts])
     return z if plan.back is None else z[plan.back.to(z.device)]
 
 
-def _bucket(bucket: Bucket, A: list[Tensor], B: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
-    uses, c, scale = bucket
-    if not c.shape[-1]:
-        return y
-    A_rows = _stacked([A[row[0]] if len(row) == 1 else torch.cat([A[i] for i in row]) for row in uses], 0)
-    B_rows = _stacked([B[row[0]] if len(row) == 1 else torch.cat([B[i] for i in row], 1) for row in uses], 1)
-    h = torch.bmm(x, A_rows.mT)  # (rows, tokens, r)
-    if scale is not None:
-        return torch.baddbmm(y, h, B_rows.mT, alpha=scale)
-    return torch.baddbmm(y, h * c.to(h), B_rows.mT)
-
-
-class Room(threading.local):
-    """Memory for what one product needs and the next overwrites: to get it anew takes as long as to fill it."""
-
-    def __init__(self) -> None:
-        self.kept: dict[Any, Tensor] = {}
-
-    def of(self, tensors: Sequence[Tensor], use: int) -> Tensor:
-        first, number = tensors[0], len(tensors)
-        key = use, number, first.shape, first.dtype, torch.is_inference_mode_enabled()
-        found = self.kept.get(key)
-        if found is None:
-            if len(self.kept) >= SHAPES:
-                self.kept.clear()
-            found = self.kept[key] = first.new_empty(number, *first.shape)
-        return found
-
-
-ROOM, SHAPES = Room(), 16
-
-
-def _stacked(tensors: list[Tensor], use: int) -> Tensor:
-    """As `torch.stack`. Without gradients, and on a CPU, it holds until the next call for the same `use`."""
-    if torch.is_grad_enabled() or tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.stack(tensors)
-    return torch.stack(tensors, out=ROOM.of(tensors, use))
+def _product(bucket: Bucket, A: Tensor, B: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """For A (rows, r, in) and B (rows, r, out)."""
+    h = torch.bmm(x, A.mT)  # (rows, tokens, r)
+    if bucket.scale is not None:
+        return torch.baddbmm(y, h, B, alpha=bucket.scale)
+    return torch.baddbmm(y, h * bucket.coefficients.to(h), B)
 
 
 class Group(NamedTuple):
@@ -273,11 +295,13 @@ def _stack(uses: tuple[Uses, ...], parts: tuple[Any, ...], plans: Plans) -> Stac
     if key not in plans:
         plans[key] = planned(uses, ranks, scales, like)
     on = [bool(row) for row in uses]
-    direct = tuple((part, names) for part in parts if (names := _direct(part)) is not None)
+    own = [(part._parameters, *names) for part in parts if (names := _direct(part)) is not None]
+    holders, named = tuple(p for p, _, _ in own), (*(a for _, a, _ in own), *(b for _, _, b in own))
     return Stack(
         parts,
-        direct if len(direct) == len(parts) else None,
+        Sources(holders + holders, named) if len(own) == len(parts) else None,
         plans[key],
         all(part.method.adds_delta for part in parts),
         None if all(on) else torch.tensor(on, device=like.device),
+        Held(),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -49,6 +49,7 @@ class Kept:
 
     def __init__(self, site: Site) -> None:
         self.site, self.values = site, dict[str, Value]()
+        self.held = WeakSet[Any]()  # the stacks of batches that were made meanwhile
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # copies and pickles of the model know nothing of it
@@ -82,12 +83,22 @@ class Kept:
                 now = kept.compute()
             tolerance = torch.finfo(now.dtype).eps ** 0.5  # threads may be others, and sums in another order
             if not torch.allclose(now, kept.value, rtol=tolerance, atol=0, equal_nan=True):
-                raise AdapterError(
-                    "a tensor was changed inside of inference() in a way that torch does not count (through .data, by "
-                    "a fused optimizer, as a numpy array), so outputs from then on may be wrong",
-                    where=self.site.name,
-                    fix="change tensors outside of it, or in place under torch.no_grad()",
-                )
+                raise self._changed()
+        if not all(held.right() for held in self.held):
+            raise self._changed()
+
+    def drop(self) -> None:
+        """Give the batches' memory back."""
+        for held in self.held:
+            held.drop()
+
+    def _changed(self) -> AdapterError:
+        return AdapterError(
+            "a tensor was changed inside of inference() in a way that torch does not count (through .data, by "
+            "a fused optimizer, as a numpy array), so outputs from then on may be wrong",
+            where=self.site.name,
+            fix="change tensors outside of it, or in place under torch.no_grad()",
+        )
 
 
 def _mark(t: Tensor) -> Mark | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +19,8 @@ from toy import fill, llama, tokens
 
 import adapterhub_lite as ah
 from adapterhub_lite.live import batches
+from adapterhub_lite.live.files import held
+from adapterhub_lite.live.tree import slots
 
 MIXED: list[Any] = ["a", None, {"a": 0.5, "b": -1.5}, ah.chain("a", "c"), "e", "a", "d", ah.mean("a", "e"), "b"]
 
@@ -63,13 +65,90 @@ def test_low_rank_rows_by_every_kernel(ranks: list[int], data: st.DataObject) ->
     want = torch.stack(
         [y[k] + sum((w * scales[i] * x[k] @ A[i].T @ B[i].T for i, w in row), y[k] * 0) for k, row in enumerate(uses)]
     )
-    for kernel in (batches._together, batches._by_row):
-        close(kernel(plan, A, B, x, y), want)
+    kernels: list[Callable[[list[Tensor]], Tensor]] = [
+        lambda own: batches._together(plan, batches._made_together(own), x, y),
+        lambda own: batches._by_row(plan, own, None, x, y),
+        lambda own: batches._by_row(plan, [], batches._made_by_row(plan.buckets, own), x, y),
+    ]
+    for kernel in kernels:
+        close(kernel([*A, *B]), want)
         with torch.inference_mode():  # without gradients, memory is used again
-            close(kernel(plan, A, B, x, y), want)
+            close(kernel([*A, *B]), want)
         with torch.no_grad():
-            kernel(plan, [2 * a for a in A], B, x, y)
-            close(kernel(plan, A, B, x, y), want)
+            kernel([*(2 * a for a in A), *B])
+            close(kernel([*A, *B]), want)
+
+
+def stacks(model: nn.Module) -> list[int]:
+    """How many ways of multiplying each layer keeps its factors for."""
+    programs = [slot.program for _, slot in slots(model)]
+    return [len(own.stack.held.values) for own in programs if isinstance(own, batches.Batch) and own.stack is not None]
+
+
+NAMES = ["a", None, {"a": 0.5, "b": -1.0}, "b", "a"]
+
+
+def lora_net() -> tuple[Any, ah.Adapters]:
+    model, adapters = net()
+    for name in "bcde":
+        adapters.remove(name)
+    adapters.add("b", ah.method("lora", rank=2, init_weights="random"), "up")
+    adapters.activate(None)
+    return model, adapters
+
+
+def test_within_inference_factors_are_put_side_by_side_once() -> None:
+    model, adapters = lora_net()
+    x = rows(len(NAMES))
+    adapters.activate(NAMES)
+    want, vectors = output(model, x), output(model, x[:, 0])
+    with adapters.inference():
+        close(output(model, x), want)
+        assert stacks(model) == [1, 1]
+        close(output(model, x), want)
+        close(output(model, x[:, 0]), vectors)
+        twin = pickle.loads(pickle.dumps(model))
+        assert stacks(twin) == stacks(copy.deepcopy(model)) == [0, 0]
+        close(output(twin, x), want)
+        with adapters.using(["b", "a", "a", None, "a"]):
+            others = output(model, x)
+        close(output(model, x), want)
+        with torch.enable_grad():
+            assert model(x).requires_grad
+    assert stacks(model) == [0, 0]
+    adapters.activate(["b", "a", "a", None, "a"])
+    close(output(model, x), others)
+
+
+def test_a_change_within_inference_is_noticed() -> None:
+    model, adapters = lora_net()
+    other, others = lora_net()
+    x = rows(len(NAMES))
+    for own in (adapters, others):
+        own.activate(NAMES)
+
+    def changed() -> Tensor:
+        other.load_state_dict(model.state_dict())
+        return output(other, x)
+
+    part: Any = model.up.adapters.a
+    with adapters.inference():
+        output(model, x)
+        part.A.mul_(2.0)
+        close(output(model, x), changed())
+        part.A = nn.Parameter(torch.randn_like(part.A), requires_grad=False)
+        close(output(model, x), changed())
+        adapters.hotswap("b", 0.5 * ah.Adapter(((1.0, held(model, "b")),)))
+        close(output(model, x), changed())
+    assert stacks(model) == [0, 0]
+    within = adapters.inference()
+    within.__enter__()
+    output(model, x)
+    part.B.data.mul_(2.0)
+    with pytest.raises(ah.AdapterError, match="up: a tensor was changed inside of inference"):
+        within.__exit__(None, None, None)
+    assert stacks(model) == [0, 0]
+    close(output(model, x), changed())
 
 
 def test_the_kernel_is_chosen_by_shape() -> None:
