@@ -15,15 +15,13 @@ from ._version import __version__
 from .adapter import Adapter
 from .base_model import BaseModel
 from .checkpoint import Checkpoint, TensorInfo, sha256
-from .combine import Truncated, WeightedSum
+from .combine import labelled
 from .errors import AdapterError, FileError, HubError
 from .folding import fold, manifest
 from .folding.planning import header_digest
 from .hub.pull import ADAPTER, fetch, snapshot
 from .hub.reference import parse
-from .merged import Merged
-from .options import build
-from .registry import registry
+from .recorded import Leaf, Recorded
 from .source import Source, Stored, stored
 
 CHUNK = 8 << 20  # bytes compared at once
@@ -74,7 +72,8 @@ def reproduce(
     again = _Again(recipe, out, _Places(out, adapters, within))
     folded = recipe.get("rule") == "fold"
     model = again.base(base) if folded else None
-    terms = again.terms(recipe.get("of") if folded else recipe, by_module=folded)
+    whole = recipe.get("of") if folded else recipe
+    source_of = again.inputs(whole)
     seed, dtype = again.rest()
     again.check()
     version = made.get("version")
@@ -82,17 +81,19 @@ def reproduce(
         again.warn(f"it was made by version {version}, and this is {__version__}")
     with tempfile.TemporaryDirectory(prefix="adapter-reproduce-") as temporary:
         new = Path(temporary) / "again"
-        asked: dict[str, Any] = {"any_base": recipe.get("any_base") is True, "keep": again.kept(terms)}
+        terms = again.reader.terms(whole, source_of)
+        keep = again.reader.kept(recipe, labelled(source for _, source in terms))
+        asked: dict[str, Any] = {"any_base": recipe.get("any_base") is True, "keep": keep}
         if model is not None:
-            weights = again.weights(recipe["of"])
             if seed is not None:
                 asked |= {"rounding": "stochastic", "seed": seed}
-            fold(model, Adapter(terms), new, weights=weights, progress=progress, **asked)
+            adapter = Adapter(tuple((1.0, source) for _, source in terms))
+            fold(model, adapter, new, weights=[weight for weight, _ in terms], progress=progress, **asked)
         else:
             from .save import save
 
-            # How weights were found is told again, not done again.
-            save(WeightedSum(terms), new, dtype=dtype, search=recipe.get("search"), progress=progress, **asked)
+            asked["search"] = recipe.get("search")  # how weights were found is told again, not done again
+            save(again.reader.sum(whole, source_of), new, dtype=dtype, progress=progress, **asked)
         return Reproduction(tuple(differences(out, new)), tuple(again.warnings))
 
 
@@ -153,6 +154,7 @@ class _Again:
 
     def __init__(self, recipe: Mapping[str, Any], out: Path, places: _Places) -> None:
         self.recipe, self.out, self.places = recipe, out, places
+        self.reader = Recorded(self._unknown, self._other_version)
         self.missing: list[str] = []
         self.warnings: list[str] = []
 
@@ -160,55 +162,24 @@ class _Again:
         if text not in self.warnings:
             self.warnings.append(text)
 
-    def terms(self, node: Any, *, by_module: bool = False) -> tuple[tuple[float, Source], ...]:
-        """The terms of a sum; with weights of 1 where `weights` tells them."""
-        match node:
-            case {"rule": "sum", "terms": [_, *_] as terms} if "options" not in node:
-                return tuple((1.0 if by_module else self._number(term), self._source(term)) for term in terms)
-        raise self._unknown()
+    def inputs(self, whole: Any) -> Callable[[Leaf], Source]:
+        """The recipe's adapters, as far as they are found; `missing` has the others."""
+        found: dict[tuple[tuple[str, str], ...], Stored] = {}
 
-    def weights(self, node: Mapping[str, Any]) -> list[Any]:
-        """Those of the terms of a sum that was folded, which may differ by module."""
-        return [
-            self._weight(term) if isinstance(term.get("weight"), list) else self._number(term) for term in node["terms"]
-        ]
+        def key(leaf: Leaf) -> tuple[tuple[str, str], ...]:
+            return tuple(sorted(leaf["sha256"].items()))
 
-    def _source(self, node: Any) -> Source:
-        match node:
-            case {"adapter": str(name), "sha256": {**found}} if found and all(map(_plain, found.items())):
-                digests = {str(file): str(digest) for file, digest in found.items()}
-                folder = self.places.having(digests) or self._fetched(node.get("hub"), digests)
-                if folder is None:
-                    tensors = max(digests, key=lambda file: file.endswith(".safetensors"))
-                    self.missing.append(f"{name!r} ({tensors} of sha256 {digests[tensors][:16]}…)")
-                    return _Missing
-                return _Found(stored(folder), node)
-            case {"rule": "sum"} if "options" not in node:
-                terms = self.terms(node)
-                return _Missing if self.missing else WeightedSum(terms)
-            case {"rule": "truncate", "of": of}:
-                cut = self.terms(of)
-                how = {key: node.get(key) for key in ("rank", "max_error", "budget")}
-                itemsize = node.get("itemsize", 4)
-                whole = all(isinstance(v, int) for v in (how["rank"] or 1, how["budget"] or 1, itemsize))
-                if not whole or not _number(how["max_error"] or 0):
-                    raise self._unknown()
-                return _Missing if self.missing else Truncated(WeightedSum(cut), **how, itemsize=itemsize)
-            case {"rule": str(name), "options": {**options}, "terms": [_, *_] as terms}:
-                inputs = [self._source(term) for term in terms]
-                cls = registry().rule(name)
-                if node.get("version") != cls.version:
-                    self.warn(f"rule {name!r} was of version {node.get('version')}, and is of {cls.version}")
-                if self.missing:
-                    return _Missing
-                given = {str(key): value for key, value in options.items()}
-                rule = build(cls, given, owner=f"rule {name!r}")
-                weights = [self._weight(term) for term in terms]
-                at = self.table(node.get("at"))
-                if not all(isinstance(own, dict) for own in at.values()):
-                    raise self._unknown()
-                return Merged(rule, inputs, weights, at)
-        raise self._unknown()
+        for leaf in self.reader.leaves(whole):
+            if leaf["adapter"] is None:
+                raise self._unknown()
+            digests = leaf["sha256"]
+            folder = self.places.having(digests) or self._fetched(leaf.get("hub"), digests)
+            if folder is None:
+                tensors = max(digests, key=lambda file: file.endswith(".safetensors"))
+                self.missing.append(f"{leaf['adapter']!r} ({tensors} of sha256 {digests[tensors][:16]}…)")
+            else:
+                found.setdefault(key(leaf), stored(folder))
+        return lambda leaf: _Found(found[key(leaf)], leaf)
 
     def _fetched(self, hub: Any, digests: Mapping[str, str]) -> Path | None:
         """The folder on the Hub that an adapter was, at the commit that it was, if it is still what it was."""
@@ -229,25 +200,8 @@ class _Again:
             raise self._unknown()
         return seed, dtype
 
-    def _weight(self, term: Any) -> Any:
-        weight = term.get("weight")
-        return self.table(weight) if isinstance(weight, list) else weight
-
-    def table(self, pairs: Any) -> dict[str, Any]:
-        """A table by patterns, as `per_site.pairs` wrote it down."""
-        try:
-            found = dict(pairs or ())
-        except (TypeError, ValueError):
-            found = {None: None}
-        if not all(isinstance(pattern, str) for pattern in found):
-            raise self._unknown()
-        return found
-
-    def _number(self, term: Any) -> float:
-        weight = term.get("weight") if isinstance(term, dict) else None
-        if weight is None or not _number(weight):
-            raise self._unknown()
-        return float(weight)
+    def _other_version(self, name: str, then: Any, now: int) -> None:
+        self.warn(f"rule {name!r} was of version {then}, and is of {now}")
 
     def _unknown(self) -> AdapterError:
         return FileError(
@@ -286,34 +240,11 @@ class _Again:
                 fix="name the adapters with --adapters or their folder with --in, the base with --base",
             )
 
-    def kept(self, terms: Sequence[tuple[float, Source]]) -> str | None:
-        """The adapter that heads and the like are taken from, by its name now."""
-        keep = self.recipe.get("keep")
-        if keep is None or keep == "none":
-            return keep
-        for label, own in WeightedSum(terms).contents.items():
-            if own.kept and sha256(next(iter(own.kept.values())).path) == keep:
-                return label
-        raise self._unknown()
-
-
-class _MissingSource(Stored):
-    """In the place of what was not found: nothing asks it for anything."""
-
-    def __init__(self) -> None: ...
-
-
-_Missing = _MissingSource()
-
 
 def _plain(item: tuple[Any, Any]) -> bool:
     """A file's name, not a path, and its digest."""
     name, digest = item
     return isinstance(name, str) and isinstance(digest, str) and name == Path(name).name
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 # Comparing ----------------------------------------------------------------------------------------------

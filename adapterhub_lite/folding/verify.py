@@ -13,13 +13,13 @@ from ..adapter import Adapter
 from ..base_model import BaseModel
 from ..checkpoint import Checkpoint, check_finite, sha256
 from ..combine import labelled
-from ..errors import ConfigError, FileError, NotMergeable, os_error
+from ..errors import ConfigError, FileError, os_error
 from ..hub.pull import snapshot
 from ..per_site import Weight
-from ..source import stored
+from ..source import Source, stored
 from . import manifest
-from .planning import Plan, header_digest, planned
-from .recipe import found, not_ours, rebuilt
+from .planning import header_digest, planned
+from .recipe import found, not_ours, reader
 
 if TYPE_CHECKING:
     from .again import Compared
@@ -158,14 +158,14 @@ class _Model:
         merged = None
         if self.adapters is not None:
             own = found(self.recipe["of"], self.adapters, self.where)
-            merged = rebuilt(self.recipe["of"], own, self.where)
+            merged = reader(self.where).terms(self.recipe["of"], own)
             checked.append("the adapters have the digests of the recipe")
         tensors = len(model.tensors)
         if source is None or merged is None:
             lacking = [*(["--base"] if source is None else []), *(["--adapters"] if merged is None else [])]
             unchecked.append(f"that the weights are what the recipe gives: give {' and '.join(lacking)}")
             return Verified("model", tuple(checked), tuple(unchecked), files, self.nbytes, tensors)
-        compared, total = self._again(source, *merged, blocks, seed)
+        compared, total = self._again(source, merged, blocks, seed)
         checked.append(f"{compared.numbers} of {total} changed numbers, computed again, are the same")
         part = "" if compared.whole else "samples of "
         checked.append(f"{part}the {compared.copied} other tensors are the base's")
@@ -237,52 +237,28 @@ class _Model:
         return model
 
     def _again(
-        self, base: BaseModel, merged: Adapter, weights: Sequence[Weight], blocks: int | None, seed: int
+        self, base: BaseModel, merged: Sequence[tuple[Weight, Source]], blocks: int | None, seed: int
     ) -> tuple[Compared, int]:
         from .again import Compared, Sample
         from .blocks import Rounding
 
-        compared: Compared | None = None
-        error: FileError | NotMergeable | None = None
-        for plan in self._plans(base, merged, weights):
-            compared = Compared(plan, self.folder, Rounding(self.recipe.get("seed")), Sample(blocks, seed))
-            try:
-                compared.wholes()
-            except FileError as other:  # the head may be another adapter's
-                error = error or other
-                continue
-            error, done = None, 0
+        keep = reader(self.where).kept(self.recipe, labelled(source for _, source in merged))
+        adapter, weights = Adapter(tuple((1.0, source) for _, source in merged)), [weight for weight, _ in merged]
+        plan = planned(base, adapter, weights=weights, any_base=True, keep=keep)
+        if sorted(whole.old.name for whole in plan.wholes) != self.replaced:
+            raise FileError("names other replaced tensors than its adapters bring", where=self.where, fix="fold again")
+        compared = Compared(plan, self.folder, Rounding(self.recipe.get("seed")), Sample(blocks, seed))
+        done = 0
 
-            def step(total: int = len(plan.layers)) -> None:
-                nonlocal done
-                done += 1
-                self.progress(done, total)
+        def step() -> None:
+            nonlocal done
+            done += 1
+            self.progress(done, len(plan.layers))
 
-            compared.layers(step)
-            compared.untouched()
-            return compared, sum(info.numel for shard in plan.shards for info in shard.touched)
-        assert error is not None
-        raise error
-
-    def _plans(self, base: BaseModel, merged: Adapter, weights: Sequence[Weight]) -> Iterator[Plan]:
-        """What would be folded; more than one where adapters bring different heads, for the recipe names none."""
-        error: Exception | None = None
-        fitting = False
-        for keep in (None, "none", *labelled(source for _, source in merged.terms)):
-            try:
-                plan = planned(base, merged, weights=weights, any_base=True, keep=keep)
-            except NotMergeable as other:
-                error = error or other
-                continue
-            if sorted(whole.old.name for whole in plan.wholes) == self.replaced:
-                fitting = True
-                yield plan
-                if keep is None:
-                    return
-        if not fitting:
-            raise error or FileError(
-                "names other replaced tensors than its adapters bring", where=self.where, fix="fold again"
-            )
+        compared.wholes()
+        compared.layers(step)
+        compared.untouched()
+        return compared, sum(info.numel for shard in plan.shards for info in shard.touched)
 
 
 def _checked_recipe(recipe: Mapping[str, Any], where: Path) -> Mapping[str, Any]:

@@ -279,7 +279,7 @@ PREFIX = "base_model.model."
 
 @pytest.mark.parametrize("keep", ["a", "b", "none"])
 def test_trained_heads(keep: str, tmp_path: Path) -> None:
-    """The recipe does not say whose; that of any of them is right, if it is so to the last bit."""
+    """The recipe says whose, by the digest of its file."""
     base = write_model(tmp_path / "base", {"net.q.weight": draw(9, 6), "head.weight": draw(7, 9, seed=2).bfloat16()})
     for seed, name in enumerate("ab"):
         more = {f"{PREFIX}head.weight": draw(7, 9, seed=5 + seed)}
