@@ -481,6 +481,21 @@ def test_weights_by_module_for_too_many(tmp_path: Path) -> None:
         ah.fold(base, ah.load(part_of(tmp_path)), tmp_path / "out", weights=[{"*": 1}, 2])
 
 
+def test_a_dry_run_tells_all_conflicts(refused: Refused, adapter: Command, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", tensors())
+    parts = [
+        write_lora(
+            tmp_path / key, {"net.0.q": (9, 6)}, more={f"{PREFIX}net.head.weight": draw(9, 6, seed=i)},
+            modules_to_save=["head"], base_model_name_or_path=f"org/{key}",
+        )
+        for i, key in enumerate("ab")
+    ]  # fmt: skip
+    words = ["merge", *parts, "--into", base, "-o", refused.out, "--dry-run"]
+    adapter(*words).refused("2 conflicts", "org/a", "org/b", "head.weight", "--any-base", "--keep")
+    adapter(*words, "--any-base").refused("head.weight", "--keep")
+    assert adapter(*words, "--weights", "1 0", "--keep", "none").code == 0
+
+
 def test_no_output_named(adapter: Command, tmp_path: Path) -> None:
     done = adapter("merge", part_of(tmp_path), "--into", write_model(tmp_path / "base", tensors()))
     assert done.code == 2

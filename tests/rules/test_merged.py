@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterhub_lite as ah
-from adapterhub_lite import Adapter, ConfigError, NotMergeable, Part, Place, Rule
+from adapterhub_lite import Adapter, ConfigError, NotMergeable, Part, Place, Rule, algebra, krylov
 from adapterhub_lite.combine import each
 from adapterhub_lite.registry import registry
 
@@ -363,3 +363,34 @@ def test_biases_are_summed_with_the_weights(
 def test_a_part_knows_its_weighted_change() -> None:
     part = Part(ah.Dense(torch.ones(2, 2)), 0.5)
     assert part.scaled.dense().tolist() == [[0.5, 0.5], [0.5, 0.5]]
+
+
+@pytest.mark.parametrize("ask", [{"max_error": 0.3}, {"budget": 40_000}])
+def test_ranks_of_large_matrices_are_chosen_without_decomposing_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: dict[str, Any]
+) -> None:
+    shapes, rng = {"one": (600, 520), "two": (512, 640)}, torch.Generator().manual_seed(0)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        made = {}
+        for site, (out, into) in shapes.items():
+            made[f"{PREFIX}{site}.lora_A.weight"] = torch.randn(4, into, generator=rng)
+            made[f"{PREFIX}{site}.lora_B.weight"] = torch.randn(out, 4, generator=rng)
+        save_file(made, tmp_path / name / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": [*shapes]}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    merged = ah.merge([ah.load(tmp_path / name) for name in "ab"], "dare_linear", density=0.95)
+    whole = {site: merged.delta(site).dense() for site in shapes}
+    with monkeypatch.context() as patch:
+        patch.setattr(algebra, "svd", None)
+        patch.setattr(algebra, "spectrum", None)
+        told = merged.truncate(**ask).save(tmp_path / "few")
+    monkeypatch.setattr(krylov, "pays", lambda shape, rank: False)
+    merged.truncate(**ask).save(tmp_path / "full")
+    few, full = dense_delta(tmp_path / "few"), dense_delta(tmp_path / "full")
+    for site in shapes:
+        torch.testing.assert_close(few[site], full[site], rtol=0, atol=1e-5)
+    lost = math.sqrt(sum(float((few[site] - D).norm()) ** 2 for site, D in whole.items()))
+    error = lost / math.sqrt(sum(float(D.norm()) ** 2 for D in whole.values()))
+    assert 0.2 < error <= ask.get("max_error", 1.0)
+    assert told.overall == pytest.approx(error, rel=1e-5)
