@@ -2,7 +2,7 @@
 
 A batch of 64 rows decodes one token each, with adapters drawn from all that are there. One process and interleaved,
 CPU time of one thread, the smallest of many rounds; that the outputs are those of PEFT, `batches.py` sees to. Memory is
-what the process has more of since the base stood there, divided by the number of adapters. PEFT is left out from where
+what a process of its own has more of when 64 adapters were added, before any forward. PEFT is left out from where
 adding adapters takes longer than the limit.
 """
 
@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import Pipe, get_context
 from typing import Any
 
 import torch
@@ -41,15 +42,14 @@ class Side:
 
     def __init__(self) -> None:
         self.model: Any = llama(512, 8, 1376)
-        self.count, self.bytes, self.seconds = 0, 0, 0.0
+        self.count, self.seconds = 0, 0.0
 
     def grow(self, count: int) -> None:
         """Add adapters until there are so many."""
-        before, start = resident(), time.thread_time()
+        start = time.thread_time()
         for i in range(self.count, count):
             self.add(i)
         self.seconds += time.thread_time() - start
-        self.bytes += resident() - before
         self.count = count
 
     def add(self, i: int) -> None:
@@ -81,9 +81,27 @@ def numbers(adapters: ah.Adapters) -> int:
     return sum(p.numel() * p.element_size() for p in parts)
 
 
+def memory(side: type[Side], count: int) -> float:
+    """MiB of memory for each of so many adapters, in a process that is forked for it."""
+    receiver, sender = Pipe(duplex=False)
+    child = get_context("fork").Process(target=_added, args=(side, count, sender))
+    child.start()
+    found: float = receiver.recv()
+    child.join()
+    return found
+
+
+def _added(side: type[Side], count: int, sender: Any) -> None:
+    own = side()
+    own.grow(1)  # what comes once is no adapter's
+    before = resident()
+    own.grow(count)
+    sender.send((resident() - before) / (count - 1) / MIB)
+
+
 @torch.no_grad()
 def measured(ours: Ours, theirs: Theirs | None, rounds: int) -> dict[str, float]:
-    """Tokens a second with the adapters that are there, and the memory of each in MiB."""
+    """Tokens a second with the adapters that are there, and what it took to add each."""
     names = random.Random(0).choices([f"a{i}" for i in range(ours.count)], k=ROWS)
     ids = torch.randint(3, 1000, (ROWS, 1), generator=torch.Generator().manual_seed(0))
     run = partial(forward, ours.model, input_ids=ids)
@@ -92,16 +110,12 @@ def measured(ours: Ours, theirs: Theirs | None, rounds: int) -> dict[str, float]
         runs["PEFT"] = partial(forward, theirs.model, input_ids=ids, adapter_names=names)
     ours.adapters.activate(names)
     t = times(runs, 2, rounds)
-    before = resident()
     with ours.adapters.inference():
         run()
-        kept = resident() - before
         t |= times({"inference()": run}, 2, rounds)
     found = {f"tokens a second, {name}": ROWS / seconds for name, seconds in t.items()}
-    found["MiB more within inference()"] = kept / MIB
     for name, side in {"ours": ours, "PEFT": theirs}.items():
         if side is not None:
-            found[f"MiB an adapter, {name}"] = side.bytes / side.count / MIB
             found[f"seconds to add one, {name}"] = side.seconds / side.count
     return {"different ones in the batch": len(set(names)), **found}
 
@@ -115,6 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    mib = {name: memory(side, ROWS) for name, side in {"ours": Ours, "PEFT": Theirs}.items()}
     ours, theirs, found = Ours(), Theirs(), dict[int, dict[str, float]]()
     peft: Theirs | None = theirs
     for size in (size for size in SIZES if size <= options.most):
@@ -128,11 +143,11 @@ def main() -> None:
             peft = None
             if not options.json:
                 print(f"PEFT: left out from here on, for adding {theirs.count} took {theirs.seconds:.0f} s", flush=True)
-    size_of_one = numbers(ours.adapters) / MIB
+    mib["its numbers alone"] = numbers(ours.adapters) / MIB
     if options.json:
-        print(json.dumps({"MiB of an adapter's numbers": size_of_one, "by adapters": found}, indent=2))
+        print(json.dumps({"MiB an adapter": mib, "by adapters": found}, indent=2))
     else:
-        print(f"the numbers of one adapter take {size_of_one:.2f} MiB")
+        print("MiB an adapter:", ", ".join(f"{name} {value:.2f}" for name, value in mib.items()))
 
 
 if __name__ == "__main__":

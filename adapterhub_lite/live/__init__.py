@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,31 +17,26 @@ from ..errors import AdapterError, ConfigError, UnknownName, nearest
 from ..hub.pull import ADAPTER, snapshot
 from ..protocol import Method
 from ..routing import Router
-from ..seed import generator
-from ..sharding import sharded
 from ..site import Site
 from ..source import read as read_tensor
 from . import folder
-from .batches import Plans, batch
+from .adding import fresh, words
 from .files import check_base, held, read
 from .gating import deltas, gate_part
-from .kept import Kept
+from .keeping import keeping
 from .merging import merge, unmerge
-from .program import program, refuse, wrapping
 from .summary import Summary, summary
 from .swapping import reserved, swap
-from .targets import select
+from .switching import check, switch
 from .training import param_groups, parts_of, penalty, register
 from .tree import (
     STATE,
-    Around,
     Common,
     Commons,
     Part,
     Slot,
     State,
     attach,
-    common_of,
     detach,
     freeze,
     settle,
@@ -49,7 +44,6 @@ from .tree import (
     slots,
     state_of,
     thaw,
-    trained,
     unshare,
 )
 
@@ -129,22 +123,7 @@ class Adapters:
         """
         self._refuse_merged("add an adapter")
         self._check_new(name)
-        if not isinstance(method, Method):
-            raise ConfigError(f"{method!r} is not a method with its options", fix="give one, say ah.LoRA(rank=8)")
-        found = select(self.model, method, _words(targets), _words(exclude))
-        if isinstance(targets, Mapping):
-            method = method.having({site.name: _options(targets, named) for site, named in found.items()})
-        sites = list(found)
-        common = common_of(method.shared(sites), sites)
-        parts = []
-        for site in sites:
-            here = method.at(site.name)
-            tensors = here.init(site, generator(seed, site.name))
-            parts.append(Part(here, site, tensors, trained(tensors), common))
-        if reserve is not None:
-            method, parts = reserved(parts, reserve)
-            common = None
-        self._attach(name, method, parts, common)
+        self._attach(name, *fresh(self.model, method, targets, exclude, seed, reserve))
 
     def load(self, ref: str | Path | Adapter, name: str, *, any_base: bool = False, reserve: int | None = None) -> None:
         """The adapter in the folder `ref`, or the value `ref`, as adapter `name`. The first on a model is active.
@@ -266,7 +245,7 @@ class Adapters:
         self._refuse_merged("add a gate")
         self._check_new(name)
         gate = Gate(name, per, reads, outputs)
-        self._place(gate, _words(of), (), seed)
+        self._place(gate, words(of), (), seed)
         return gate
 
     def add_router(
@@ -377,19 +356,8 @@ class Adapters:
         >>> with adapters.inference():
         ...     y = adapters.model(torch.ones(1, 6))
         """
-        parts = [] if sharded(self.model) else [part for _, slot in slots(self.model) for part in slot.parts.values()]
-        kept, former = [Kept(part.site) for part in parts], [part.kept for part in parts]
-        for part, own in zip(parts, kept, strict=True):
-            part.kept = own
-        try:
-            with torch.no_grad():
-                yield self
-            for part, own in zip(parts, kept, strict=True):
-                own.check(part.params())
-        finally:
-            for part, own, other in zip(parts, kept, former, strict=True):
-                part.kept = other
-                own.drop()
+        with keeping(self.model):
+            yield self
 
     def merge(self) -> None:
         """Fold the active adapters into the weights, which then need no hooks; `unmerge` undoes it bit for bit.
@@ -474,25 +442,7 @@ class Adapters:
 
     def _switch(self, composition: Node) -> None:
         self._state.composition = composition
-        on = self._state.active if self._state.trains == "all" else ()
-        gates = compose.ways(composition)
-        plans: Plans = {}
-        for _, slot in slots(self.model):
-            parts, own_gates = slot.parts, slot.gates
-            node = compose.reduced(composition, parts)
-            slot.program, slot.around = None, None
-            if wrapping(node, parts):
-                (name,), gated = compose.names(node), compose.gates(node)
-                slot.around = Around(parts[name], own_gates[gated[0].name] if gated else None)
-            elif isinstance(node, compose.Rows):
-                slot.program = batch(node, parts, own_gates, plans)
-            elif not isinstance(node, compose.Base):
-                slot.program = program(node, parts, own_gates)
-            for name, part in parts.items():
-                for tensor in part.trained:
-                    part.get_parameter(tensor).requires_grad_(name in on)
-            for name, gate in own_gates.items():
-                gate.learn(gates.get(name, ()))
+        switch(self.model)
 
     def _check(self, composition: Node) -> None:
         """Raise for what is not there, and for what cannot be computed at some layer."""
@@ -504,9 +454,7 @@ class Adapters:
                 raise UnknownName(f"there is no gate {gate.name!r} on the model", fix=nearest(gate.name, self.gates))
             if known != gate:
                 raise ConfigError(f"the gate {gate.name!r} on the model is {known}", fix="give it as add_gate did")
-        for _, slot in slots(self.model):
-            parts = slot.parts
-            refuse(compose.reduced(composition, parts), parts, slot.gates)
+        check(self.model, composition)
 
     def _known(self, name: str) -> Method:
         methods = self._state.methods
@@ -532,16 +480,3 @@ class Adapters:
 def _left(composition: Node, names: Collection[str]) -> Node:
     """What is left of it without the adapters that are none of these."""
     return composition if set(compose.names(composition)) <= set(names) else compose.reduced(composition, names)
-
-
-def _words(words: str | Iterable[str]) -> Sequence[str]:
-    return (words,) if isinstance(words, str) else tuple(words)
-
-
-def _options(targets: Mapping[str, Mapping[str, Any]], named: Sequence[str]) -> dict[str, Any]:
-    """The options that these targets give a layer."""
-    for target in named:
-        if not isinstance(targets[target], Mapping):
-            what = f"the options of target {target!r} are {targets[target]!r}"
-            raise ConfigError(what, fix=f'give a mapping, say {{"{target}": {{"rank": 4}}}}')
-    return {name: value for target in named for name, value in targets[target].items()}
