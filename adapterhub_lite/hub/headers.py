@@ -18,6 +18,7 @@ from .reference import Reference
 from .wire import Transfer, part
 
 FIRST = 1 << 14  # bytes of a safetensors file that are asked for first
+MAX_CONFIG = 100_000_000  # bytes of a config or an index
 SMALL = 1 << 16  # other JSON than configs is taken up to here
 
 
@@ -74,7 +75,10 @@ def find(reference: Reference, patterns: Sequence[str] = ADAPTER, *, deep: bool 
 def _header(listing: Listing, file: File, transfer: Transfer) -> bytes:
     """The header of a safetensors file, and its length before it."""
     first = part(listing.repo, listing.commit, file.path, 0, min(FIRST, file.size), transfer)
-    stop = min(8 + int.from_bytes(first[:8], "little"), 8 + MAX_HEADER, file.size)
+    length = int.from_bytes(first[:8], "little")
+    if first[8:9] != b"{" or length > MAX_HEADER:
+        return first  # which is refused when it is read
+    stop = min(8 + length, file.size)
     if stop <= len(first):
         return first[:stop]
     return first + part(listing.repo, listing.commit, file.path, len(first), stop, transfer)
@@ -82,6 +86,9 @@ def _header(listing: Listing, file: File, transfer: Transfer) -> bytes:
 
 def _whole(listing: Listing, file: File, transfer: Transfer, reference: Reference) -> bytes:
     """A small file's bytes, verified."""
+    if file.size > MAX_CONFIG:
+        what = f"{file.path!r} has {file.size} bytes, the limit is {MAX_CONFIG}"
+        raise HubError(what, where=reference, fix="a config has a few kB", reason="corrupt")
     for _ in range(2):
         with told_of(reference):
             content = part(listing.repo, listing.commit, file.path, 0, file.size, transfer)
