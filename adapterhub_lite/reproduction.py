@@ -104,7 +104,7 @@ class _Places:
         for root in roots:
             if not root.is_dir():
                 raise FileError("there is no such folder", where=root, fix="give the folder with the inputs")
-        found = chain((snapshot(ref, patterns=ADAPTER) for ref in adapters), *map(_below, roots))
+        found = chain((snapshot(ref, patterns=ADAPTER, deep=False) for ref in adapters), *map(_below, roots))
         self.folders = [folder for folder, _ in zip(found, range(MOST_FOLDERS), strict=False)]
         self._digests: dict[Path, str] = {}
 

@@ -1,7 +1,8 @@
 """The documentation is run: its examples as they stand, its signatures against the code, its links.
 
 How a document is run, in a temporary folder with the adapters `sql` and `french` (rank 8, alpha 16),
-copies of both under `out/`, their model in `base`, and `plugins/adapterhub-lite-example`:
+copies of both under `out/`, their model in `base`, and `plugins/adapterhub-lite-example`. The Hub is one of the tests'
+own, where `someone/sql` (also called `someone/a`) and `someone/french` (`someone/b`), tagged `v1`, are these two:
 
 - ```python blocks run in order in one Python process, which starts at the first of them; a
   ```text block right below one is what it prints.
@@ -26,6 +27,7 @@ from typing import Any
 
 import pytest
 from clean_venv import LEFTOVERS, clean_venv, shell
+from hub_server import HubServer
 from peers import LLAMA, write_adapter
 
 from adapterhub_lite import Method, Params, Part, Place, Router, Rule, Site, delta, hookspecs
@@ -163,12 +165,17 @@ def test_the_examples_run(document: Path, props: Path, tmp_path: Path) -> None:
         return
     here = tmp_path / "here"
     shutil.copytree(props, here)
-    runner = Runner(here, clean_venv(tmp_path / "venv"))
-    try:
-        for block in found:
-            runner.run(block)
-    finally:
-        runner.close()
+    with HubServer() as hub:
+        for name, own in (("a", "sql"), ("sql", "sql"), ("b", "french"), ("french", "french")):
+            repo = hub.add(f"someone/{name}", here / own)
+            repo.refs["refs/tags/v1"] = repo.head.sha
+        env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_me", "HF_HOME": str(tmp_path / "hf")}
+        runner = Runner(here, clean_venv(tmp_path / "venv") | env)
+        try:
+            for block in found:
+                runner.run(block)
+        finally:
+            runner.close()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

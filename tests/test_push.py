@@ -172,7 +172,8 @@ def test_what_is_pushed_is_pulled(hub: HubServer, own: Path, adapter: Command, t
 def test_the_two_lines_of_the_readme(
     hub: HubServer, handmade: Handmade, adapter: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = re.search(r"^adapter merge someone/a someone/b .* &&\nadapter push merged me/merged$", README, re.MULTILINE)
+    lines = r"adapter merge someone/a someone/b .*-o merged && \\\n +adapter push merged me/merged$"
+    found = re.search(lines, README, re.MULTILINE)
     assert found is not None
     parts = {name: handmade(tmp_path / name, LAYERS, seed=n, base_model_name_or_path="my-org/base-7b")
              for n, name in enumerate("ab")}  # fmt: skip
@@ -180,7 +181,7 @@ def test_the_two_lines_of_the_readme(
         hub.add(f"someone/{name}", folder)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for line in found[0].split("&&"):
+    for line in found[0].replace("\\\n", "").split("&&"):
         done = adapter(*shlex.split(line)[1:])
         assert done.code == 0, done
     there = tmp_path / "there"

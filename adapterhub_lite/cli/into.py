@@ -92,7 +92,7 @@ def merge_into(
         from ..hub.pull import BASE
 
         reference = on_hub(base)
-        found = None if reference is None else find(reference, BASE)
+        found = None if reference is None else find(reference, BASE, deep=True)
         model = BaseModel.open(base if found is None else found.folder)
         plan = planned(model, adapter, weights=own, any_base=any_base, keep=keep)
         if as_json:

@@ -38,7 +38,7 @@ class Found:
         return sum(file.size for file in self.files.values())
 
 
-def find(reference: Reference, patterns: Sequence[str] = ADAPTER) -> Found:
+def find(reference: Reference, patterns: Sequence[str] = ADAPTER, *, deep: bool = False) -> Found:
     """The folder's headers; of one that is in the cache already, its files, verified.
 
     What is not there yet is fetched, whole and verified, when a tensor is first read: see `checkpoint.later`. The
@@ -50,16 +50,17 @@ def find(reference: Reference, patterns: Sequence[str] = ADAPTER) -> Found:
     pinned = resolve(reference, transfer)
     with told_of(reference):
         listing = listed(pinned.repo, pinned.commit, transfer, reference)
-    files = chosen(listing, reference, patterns)
+    files = chosen(listing, reference, patterns, deep=deep)
     note_branch(reference, pinned)
     if constants.HF_HUB_OFFLINE or cached(listing, list(files.values())) is not None:
-        return Found(pinned, fetch(pinned, patterns=patterns).folder, files, transfer)
+        return Found(pinned, fetch(pinned, patterns=patterns, deep=deep).folder, files, transfer)
     remember(listing)
     folder = Path(tempfile.mkdtemp(prefix="adapter-headers-"))
     found = Found(pinned, folder, files, transfer)
     weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
-    rest = _Rest(pinned, patterns)
+    rest = _Rest(pinned, patterns, deep)
     for name, file in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".safetensors"):
             with told_of(reference):
                 header = _header(listing, file, transfer)
@@ -93,8 +94,9 @@ def _whole(listing: Listing, file: File, transfer: Transfer, reference: Referenc
 class _Rest:
     """The whole folder, once anything of it is asked for."""
 
-    def __init__(self, reference: Reference, patterns: Sequence[str]) -> None:
-        self.reference, self.patterns, self.lock = reference, patterns, threading.Lock()
+    def __init__(self, reference: Reference, patterns: Sequence[str], deep: bool) -> None:
+        self.reference, self.patterns, self.deep = reference, patterns, deep
+        self.lock = threading.Lock()
         self.pulled: Pulled | None = None
 
     def of(self, name: str, header: bytes) -> _One:
@@ -103,7 +105,7 @@ class _Rest:
     def get(self) -> Pulled:
         with self.lock:
             if self.pulled is None:
-                self.pulled = fetch(self.reference, patterns=self.patterns)
+                self.pulled = fetch(self.reference, patterns=self.patterns, deep=self.deep)
             return self.pulled
 
 

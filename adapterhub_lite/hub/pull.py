@@ -39,10 +39,11 @@ class Pulled:
     """Of the files that were read through for this; of others the cache was known to be right."""
 
 
-def snapshot(ref: str | os.PathLike[str], *, patterns: Sequence[str] = BASE, deep: bool = False) -> Path:
+def snapshot(ref: str | os.PathLike[str], *, patterns: Sequence[str] = BASE, deep: bool = True) -> Path:
     """The folder `ref` if there is one, else that of the reference `ref` to the Hub, fetched as far as needed.
 
-    A text that is no reference comes back as the path that it is. With `deep` the folders in it are fetched too.
+    A text that is no reference comes back as the path that it is. With `deep` the folders in it are fetched too:
+    a model may have its templates there, or modules of its own.
     Raises `HubError` for what the Hub does not have or give, `FileError` for files that are not what it announced.
     """
     reference = on_hub(ref)

@@ -14,7 +14,7 @@ from .. import compose
 from ..adapter import Adapter, load
 from ..compose import Composition, Fuse, Gate, Node, Route
 from ..errors import AdapterError, ConfigError, UnknownName, nearest
-from ..hub.pull import snapshot
+from ..hub.pull import ADAPTER, snapshot
 from ..protocol import Method
 from ..routing import Router
 from ..seed import generator
@@ -201,7 +201,7 @@ class Adapters:
         is wrong.
         """
         self._refuse_merged("load a composition")
-        at = snapshot(ref, deep=True)
+        at = snapshot(ref, patterns=ADAPTER)
         saved = folder.read(at)
         names, gates = compose.names(saved.tree), compose.gates(saved.tree)
         for name in (*names, *(gate.name for gate in gates)):

@@ -20,7 +20,7 @@ from ..adapter import Adapter, load
 from ..checkpoint import Checkpoint, TensorInfo, dtype_name
 from ..errors import ConfigError, FileError, NotMergeable, UnknownName
 from ..format import is_floating
-from ..hub.pull import snapshot
+from ..hub.pull import ADAPTER, snapshot
 from ..registry import registry
 from ..sharding import whole
 from ..staging import staged
@@ -128,7 +128,7 @@ def lower(folder: Path) -> tuple[Adapter, dict[str, float]]:
 
     `NotMergeable` if it is none: for gates now, for methods when it is planned or saved.
     """
-    folder = snapshot(folder, deep=True)
+    folder = snapshot(folder, patterns=ADAPTER)
     weights = {name: weight for name, weight in compose.lowered(read(folder).tree).items() if weight != 0}
     if not weights:
         raise NotMergeable("the weights of all adapters come to zero", where=folder, fix="load the base alone")
