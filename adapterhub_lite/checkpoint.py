@@ -92,6 +92,10 @@ class TensorInfo:
     start: int  # the bytes [start, stop) of the file
     stop: int
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As another process can read it: of a file that is here by its header only, the whole."""
+        return TensorInfo, (self.name, self.dtype, self.shape, whole(self.path), self.start, self.stop)
+
     @property
     def nbytes(self) -> int:
         return self.stop - self.start

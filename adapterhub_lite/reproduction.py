@@ -66,7 +66,7 @@ def reproduce(
 
     Raises `FileError` if `out` carries no recipe, or an input is missing.
     """
-    out = Path(out)
+    out = snapshot(out)
     made = manifest.read(out) if (out / manifest.NAME).is_file() else stored(out).own.facts
     recipe = made.get("recipe")
     if not isinstance(recipe, dict):

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .. import compose
+from ..base_model import BaseModel
 from ..errors import FileError, HubError, printable
 from ..hub import lock as locks
-from ..hub.pull import Pulled, copied, fetch
+from ..hub.pull import ADAPTER_CONFIG, COMPOSITION, MODEL_CONFIG, Pulled, copied, whole
 from ..hub.reference import Reference, parse
 from ..registry import registry
 from ..source import DEFAULT, stored
@@ -18,8 +20,6 @@ from .output import print_json, size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from ..source import Stored
 
 
 @click.command()
@@ -46,9 +46,10 @@ def pull(
 ) -> None:
     """Fetch the adapter REF, owner/name[@revision][:subfolder], from the Hub.
 
-    REF is resolved to a commit first. Of that its safetensors, JSON and Markdown files are fetched into the Hub's
-    cache; every one is compared with the digest that the Hub lists, and the adapter is read strictly, before it is
-    used or copied to OUT. What is in the cache is not fetched again, but verified again.
+    It may be a composition or a model too. REF is resolved to a commit first. Of that its safetensors, JSON and
+    Markdown files, and a model's tokenizer, are fetched into the Hub's cache; every one is compared with the digest
+    that the Hub lists, and all is read strictly, before it is used or copied to OUT. What is in the cache is not
+    fetched again, but verified again.
 
     \b
     adapter pull someone/sql
@@ -66,12 +67,11 @@ def pull(
         for each, pulled, _ in done:
             locks.add(lock_file, each, pulled)
     if as_json:
-        found = [_report(each, pulled, adapter, out) for each, pulled, adapter in done]
+        found = [_report(each, pulled, kind, out) for each, pulled, kind in done]
         print_json(found[0] if ref is not None else {"adapters": found})
     elif not quiet:
-        for each, pulled, adapter in done:
-            nbytes = size(sum(file.size for file in pulled.files.values()))
-            what = f"{adapter.own.method.name}, {len(adapter.own.sites)} modules, {nbytes}"
+        for each, pulled, kind in done:
+            what = f"{kind}, {size(sum(file.size for file in pulled.files.values()))}"
             click.echo(f"{printable(each)} is {pulled.reference}: {what}, {len(pulled.files)} files verified")
             click.echo(str(out or pulled.folder))
         if lock:
@@ -80,19 +80,18 @@ def pull(
 
 def _pulled(
     ref: str, known: Mapping[str, locks.Locked] | None, lock_file: Path, out: Path | None, force: bool
-) -> tuple[Pulled, Stored]:
-    """It in the cache and in OUT, verified and read."""
+) -> tuple[Pulled, str]:
+    """It in the cache and in OUT, verified and read; and what it is."""
     entry = None if known is None else locks.one(known, ref, lock_file)
     reference = _reference(ref) if entry is None else entry.reference
     if out is None:
-        pulled = fetch(reference, again=True)
-        adapter = _checked(pulled, entry, lock_file)
-        return pulled, adapter
+        pulled = whole(reference)
+        return pulled, _checked(pulled, entry, lock_file)
     with staged(out, force=force, replaceable=_replaceable) as folder:  # first: a refused OUT costs no work
-        pulled = fetch(reference, again=True)
-        adapter = _checked(pulled, entry, lock_file)
+        pulled = whole(reference)
+        kind = _checked(pulled, entry, lock_file)
         copied(pulled, folder)
-    return pulled, adapter
+    return pulled, kind
 
 
 def _reference(ref: str) -> Reference:
@@ -102,12 +101,22 @@ def _reference(ref: str) -> Reference:
     return found
 
 
-def _checked(pulled: Pulled, entry: locks.Locked | None, lock_file: Path) -> Stored:
-    """The adapter, read strictly."""
+def _checked(pulled: Pulled, entry: locks.Locked | None, lock_file: Path) -> str:
+    """What it is, read strictly."""
     if entry is not None:
         locks.check(pulled, entry, lock_file)
     try:
-        return stored(pulled.folder)
+        if ADAPTER_CONFIG not in pulled.files and COMPOSITION in pulled.files:
+            from ..live import folder
+
+            names = compose.names(folder.read(pulled.folder).tree)
+            for name in names:
+                stored(pulled.folder / folder.ADAPTERS / name)
+            return f"a composition of {', '.join(names)}"
+        if ADAPTER_CONFIG not in pulled.files and MODEL_CONFIG in pulled.files:
+            return f"a model, {len(BaseModel.open(pulled.folder).tensors)} tensors"
+        own = stored(pulled.folder).own
+        return f"{own.method.name}, {len(own.sites)} modules"
     except FileError as error:
         where = error.where.replace(str(pulled.folder), str(pulled.reference))
         raise HubError(error.what, where=where, fix=error.fix, reason="corrupt") from error
@@ -118,14 +127,14 @@ def _replaceable(folder: Path) -> bool:
     return registry().format(DEFAULT).recognises(folder) and not any(path.is_dir() for path in folder.iterdir())
 
 
-def _report(ref: str, pulled: Pulled, adapter: Stored, out: Path | None) -> dict[str, Any]:
+def _report(ref: str, pulled: Pulled, kind: str, out: Path | None) -> dict[str, Any]:
     return {
         "ref": ref,
         "repo": pulled.reference.repo,
         "commit": pulled.reference.revision,
         "folder": pulled.reference.folder,
         "path": str(out or pulled.folder),
-        "method": adapter.own.method.name,
+        "kind": kind,
         "files": {
             name: {"size": own.size, "sha256": pulled.digests[name].sha256} for name, own in pulled.files.items()
         },

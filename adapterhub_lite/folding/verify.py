@@ -88,7 +88,7 @@ def verify(
     """
     if blocks is not None and blocks < 1:
         raise ConfigError(f"{blocks} blocks are nothing to compare", fix="give at least 1")
-    folder = Path(out)
+    folder = snapshot(out)
     if not (folder / manifest.NAME).exists() and (folder / ADAPTER).exists():
         if base is not None:
             raise ConfigError(

@@ -18,6 +18,7 @@ from .reference import Reference
 from .wire import Transfer, part
 
 FIRST = 1 << 14  # bytes of a safetensors file that are asked for first
+MAX_CONFIG = 100_000_000  # bytes of a config or an index
 SMALL = 1 << 16  # other JSON than configs is taken up to here
 
 
@@ -82,6 +83,9 @@ def _header(listing: Listing, file: File, transfer: Transfer) -> bytes:
 
 def _whole(listing: Listing, file: File, transfer: Transfer, reference: Reference) -> bytes:
     """A small file's bytes, verified."""
+    if file.size > MAX_CONFIG:
+        what = f"{file.path!r} has {file.size} bytes, the limit is {MAX_CONFIG}"
+        raise HubError(what, where=reference, fix="a config has a few kB", reason="corrupt")
     for _ in range(2):
         with told_of(reference):
             content = part(listing.repo, listing.commit, file.path, 0, file.size, transfer)

@@ -109,12 +109,10 @@ def _stamp(path: Path) -> list[int]:
 
 def checked_path(path: object, where: object) -> str:
     """A file's path as a server told it; `HubError` if it could lead out of a folder, or no file has such a name."""
-    fine = isinstance(path, str) and 0 < len(path) < 4096 and not _ODD.search(path)
-    if fine:
-        assert isinstance(path, str)
+    if isinstance(path, str) and 0 < len(path) < 4096 and not _ODD.search(path):
         parts = path.split("/")
-        bad = ("", ".", "..")
-        if not any(p in bad or ":" in p or len(p.encode()) > 255 or _RESERVED.fullmatch(p) for p in parts):
+        windows = os.name == "nt" and any(":" in part or _RESERVED.fullmatch(part) for part in parts)
+        if not windows and not any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
             return path
     what = f"has a file of the name {printable(repr(path))[:100]}, which could lead anywhere"
     raise HubError(what, where=where, fix="do not trust that repository", reason="corrupt")
@@ -190,8 +188,12 @@ def remember(listing: Listing) -> None:
     """Keep it for when there is no network. A cache that cannot be written keeps nothing."""
     files = {path: [file.size, file.sha256, file.sha1] for path, file in sorted(listing.files.items())}
     text = json.dumps({"files": files, "verified": listing.verified}, indent=0)
+    path = _memory(listing.repo, listing.commit)
+    with contextlib.suppress(OSError, ValueError):
+        if path.is_file() and not path.is_symlink() and path.read_text("utf-8") == text:
+            return
     with contextlib.suppress(OSError):
-        replace_text(_memory(listing.repo, listing.commit), text)
+        replace_text(path, text)
 
 
 def replace_text(path: Path, text: str) -> None:

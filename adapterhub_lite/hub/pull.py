@@ -22,8 +22,9 @@ from .wire import Transfer, api
 
 ADAPTER = ("*.safetensors", "*.json", "*.md")
 BASE = (*ADAPTER, "*.txt", "*.jinja", "*.model")  # and tokenizers; no pickles
+ADAPTER_CONFIG, COMPOSITION, MODEL_CONFIG = "adapter_config.json", "composition.json", "config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_AT_ONCE = 8
+_AT_ONCE, _LARGE = 8, 1 << 20  # files that are fetched at once, and bytes from which they are not
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,18 @@ def resolve(reference: Reference, transfer: Transfer | None = None) -> Reference
         if not pinned.pinned:
             raise ValueError("no commit")
     return pinned
+
+
+def whole(reference: Reference) -> Pulled:
+    """What the folder is, fetched and verified anew: an adapter, else a composition or a model with what is below."""
+    pinned = resolve(reference)
+    with told_of(reference):
+        there = listed(pinned.repo, pinned.commit, Transfer(), reference).within(reference.folder)
+    adapter, composition = ADAPTER_CONFIG in there, COMPOSITION in there
+    model = not adapter and not composition and MODEL_CONFIG in there
+    pulled = fetch(pinned, patterns=BASE if model else ADAPTER, deep=model or (composition and not adapter), again=True)
+    note_branch(reference, pinned)
+    return pulled
 
 
 def fetch(
@@ -143,11 +156,10 @@ def _downloaded(listing: Listing, files: Sequence[File]) -> dict[str, Path]:
     known = cached(listing, files)
     if known is not None:
         return known
-    pool = ThreadPoolExecutor(min(_AT_ONCE, len(files)) or 1)
-    try:
-        return dict(pool.map(one, files))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    # The large ones one by one, and by this thread: an interrupt ends them at once, and nothing is left of them.
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        places = dict(pool.map(one, [file for file in files if file.size < _LARGE]))
+    return {**places, **dict(map(one, [file for file in files if file.size >= _LARGE]))}
 
 
 def _verified(listing: Listing, file: File, place: Path, reference: Reference) -> Digests:
