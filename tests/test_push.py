@@ -125,8 +125,14 @@ def test_a_composition_and_a_folded_model(hub: HubServer, own: Path, adapter: Co
     assert ah.push(tmp_path / "m", "my-org/m").kind == "model"
     for repo, folder in (("me/c", "c"), ("my-org/m", "m")):
         found = files(hub, repo)
+        done = adapter("pull", repo, "-o", tmp_path / "back" / folder)
+        assert done.code == 0, done
+        assert local(tmp_path / "back" / folder) == found
         found.pop("README.md")
         assert found == local(tmp_path / folder)
+    done = adapter("verify", "my-org/m", "--json")
+    assert done.code == 0, done
+    assert done.json["unchecked"][0] == "README.md, which was written since"
 
 
 def test_branches_and_pull_requests(hub: HubServer, own: Path, adapter: Command) -> None:

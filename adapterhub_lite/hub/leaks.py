@@ -26,6 +26,7 @@ LINE = "\n"
 LONGEST = 60  # characters of what was found that are shown
 DEEPEST = 32  # JSON in the header's metadata
 MOST = 200  # findings in one file that are listed
+FIRST = 1 << 13  # bytes of a file that tell whether it is a text
 MAX_BYTES = 200_000_000  # of a text; a tokenizer has 20 MB
 
 # What a name of an account tells nobody about.
@@ -233,14 +234,18 @@ def _shown(kind: str, found: re.Match[str]) -> str:
 
 def _text(path: Path) -> str | None:
     """What a file says, or None if it is no text."""
+    wide = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(FIRST)
+            if b"\0" in data and not data.startswith(wide):
+                return None
+            data += file.read(MAX_BYTES + 1 - len(data))
     except OSError as error:
         raise os_error(error, path) from None
     if len(data) > MAX_BYTES:
         return None
-    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    encoding = "utf-16" if data.startswith(wide) else "utf-8-sig"
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError:
