@@ -106,6 +106,8 @@ class Format(Protocol):
     def read(self, folder: Path, methods: Callable[[str | None], Any]) -> Contents:
         """The folder's contents, strictly validated, no tensor read.
 
+        Of a folder on the Hub there are then only configs, other small JSON files, and the headers of tensors.
+
         `methods(name)` gives one method class, `methods(None)` all of them.
         """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import options
-from .checkpoint import sha256
+from .checkpoint import sha256, whole
 from .errors import ConfigError, FileError, nearest, os_error, printable
 from .hub.reference import on_hub
 from .options import option
@@ -79,7 +79,7 @@ class Input:
             if (found := sha256(known[name])) != digest.lower():
                 raise FileError(
                     f"its sha256 is {found}, and the recipe's {digest.lower()}",
-                    where=known[name],
+                    where=whole(known[name]),
                     fix=f"get the file that is meant, or change {owner}.sha256",
                 )
 

@@ -335,6 +335,19 @@ def test_offline_with_headers_only(
     adapter("info", "me/sql").refused("offline mode is on")
 
 
+def test_a_cache_that_the_client_alone_has_filled(
+    hub: HubServer, sql: Path, adapter: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import snapshot_download
+
+    snapshot_download("me/sql", allow_patterns=[WEIGHTS, CONFIG])
+    with monkeypatch.context() as patched:
+        offline(patched)
+        assert "2 files verified" in adapter("pull", "me/sql").out
+    assert "3 files verified" in adapter("pull", "me/sql").out  # what it lacked is known when there is a network
+    adapter("pull", "me/sql:sub").refused("has no folder 'sub'")
+
+
 # Corrupt --------------------------------------------------------------------------------------------------
 
 

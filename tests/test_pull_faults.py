@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "revision": ("/revision/", {"status": 404, "code": "RevisionNotFound"}, "missing", "has no such revision"),
     "gated": ("/resolve/", {"status": 403, "code": "GatedRepo"}, "gated", "ask for access"),
     "entry": ("/resolve/", {"status": 404, "code": "EntryNotFound"}, "missing", "has no such file"),
+    "token": ("/tree/", {"status": 401, "message": "Invalid credentials in Authorization header"}, "denied", "hf auth"),
     "forbidden": ("/tree/", {"status": 403, "message": "no"}, "denied", "use a token that may do this"),
     "rate": ("/revision/", RATE, "rate limit", "try again in 7 seconds; with a token more are allowed"),
     "rate of a file": ("/resolve/", RATE, "rate limit", "too many requests"),
@@ -133,6 +134,19 @@ def test_a_disk_that_cannot_be_written(
     assert left(tmp_path) == []
     with pytest.raises(FileError):
         fetch(Reference("me/sql"))
+
+
+def test_headers_are_read_strictly(hub: HubServer, sql: Path, adapter: Command) -> None:
+    fault = hub.fault("GET", f"resolve/.*{CONFIG}", times=None, change=lambda body: body[:-1] + b" ")
+    adapter("info", "me/sql").refused(f"'{CONFIG}' is not what the Hub announced", "git-sha1")
+    fault.path, fault.change = WEIGHTS, lambda body: b"\xff" * 8 + body[8:]
+    adapter("info", "me/sql").refused(f"/{WEIGHTS}: the header says it has", "the limit is")
+    fault.change = lambda body: b"PK\x03\x04" + body
+    adapter("info", "me/sql").refused(f"/{WEIGHTS}: this is a pickle")
+    fault.change = lambda body: body.replace(b'"F32"', b'"F64"')
+    adapter("info", "me/sql").refused(f"/{WEIGHTS}: tensor", "bytes")
+    assert hub.count("GET", WEIGHTS) == 3
+    assert left(Path(constants.HF_HUB_CACHE).parents[1]) == []
 
 
 # 1,000 flips and truncations ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from .. import compose
 from ..base_model import BaseModel
 from ..errors import FileError, HubError, printable
 from ..hub import lock as locks
-from ..hub.pull import ADAPTER_CONFIG, COMPOSITION, MODEL_CONFIG, Pulled, copied, whole
+from ..hub.pull import ADAPTER_CONFIG, COMPOSITION, MODEL_CONFIG, Pulled, copied, silent, whole
 from ..hub.reference import Reference, parse
 from ..registry import registry
 from ..source import DEFAULT, stored
@@ -62,7 +63,8 @@ def pull(
         raise click.UsageError("--lock writes what --locked reads: give one of them")
     known = locks.read(lock_file) if locked else {}
     refs = list(known) if ref is None else [ref]
-    done = [(each, *_pulled(each, known if locked else None, lock_file, out, force)) for each in refs]
+    with silent() if quiet else nullcontext():
+        done = [(each, *_pulled(each, known if locked else None, lock_file, out, force)) for each in refs]
     if lock:
         for each, pulled, _ in done:
             locks.add(lock_file, each, pulled)

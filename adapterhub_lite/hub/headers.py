@@ -75,7 +75,10 @@ def find(reference: Reference, patterns: Sequence[str] = ADAPTER, *, deep: bool 
 def _header(listing: Listing, file: File, transfer: Transfer) -> bytes:
     """The header of a safetensors file, and its length before it."""
     first = part(listing.repo, listing.commit, file.path, 0, min(FIRST, file.size), transfer)
-    stop = min(8 + int.from_bytes(first[:8], "little"), 8 + MAX_HEADER, file.size)
+    length = int.from_bytes(first[:8], "little")
+    if first[8:9] != b"{" or length > MAX_HEADER:
+        return first  # which is refused when it is read
+    stop = min(8 + length, file.size)
     if stop <= len(first):
         return first[:stop]
     return first + part(listing.repo, listing.commit, file.path, len(first), stop, transfer)

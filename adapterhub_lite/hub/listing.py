@@ -81,6 +81,8 @@ class Listing:
     commit: str
     files: Mapping[str, File]
     verified: dict[str, list[int]] = field(default_factory=dict)
+    partial: bool = False
+    """Whether it has only what is in the cache."""
 
     def within(self, folder: str) -> dict[str, File]:
         """The files right in a folder, by their names there."""
@@ -181,11 +183,13 @@ def _linked(repo: str, commit: str) -> Listing | None:
             small = digest if _SHA1.fullmatch(digest) else None
             if large or small:
                 files[path] = File(path, place.stat().st_size, large, small)
-    return Listing(repo, commit, files) if files else None
+    return Listing(repo, commit, files, partial=True) if files else None
 
 
 def remember(listing: Listing) -> None:
     """Keep it for when there is no network. A cache that cannot be written keeps nothing."""
+    if listing.partial:
+        return
     files = {path: [file.size, file.sha256, file.sha1] for path, file in sorted(listing.files.items())}
     text = json.dumps({"files": files, "verified": listing.verified}, indent=0)
     path = _memory(listing.repo, listing.commit)

@@ -256,12 +256,17 @@ def told_of(reference: Reference) -> Iterator[None]:
         ) from error.__cause__
 
 
-@contextlib.contextmanager
-def _bars() -> Iterator[None]:
+def _bars() -> contextlib.AbstractContextManager[None]:
     """The client's progress bars, on a terminal only."""
+    return contextlib.nullcontext() if sys.stderr.isatty() else silent()
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """No progress bars of the client."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if sys.stderr.isatty() or are_progress_bars_disabled():
+    if are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()
