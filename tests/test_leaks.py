@@ -138,7 +138,8 @@ def f(a, b): return a // b
 #!/usr/bin/env bash
 export HF_TOKEN=$YOUR_TOKEN; sk-learn-compatible-estimators-are-many
 curl /v1/models; cat /etc/os-release > /dev/null; python train.py --output_dir out/sql --lr 1e-4 --path path/to/data
-adapter pull me/sql -o ./sql ; ls ../data /path/to/model
+adapter pull me/sql -o ./sql ; ls ../data /path/to/model ~/.cache/huggingface
+python x.py --model_path /path/to/model
 ```
 
 ![picture](assets/logo@2x.png) </div></p> $\\alpha\\beta$ \\\\ \\hline

@@ -125,8 +125,14 @@ def test_a_composition_and_a_folded_model(hub: HubServer, own: Path, adapter: Co
     assert ah.push(tmp_path / "m", "my-org/m").kind == "model"
     for repo, folder in (("me/c", "c"), ("my-org/m", "m")):
         found = files(hub, repo)
+        done = adapter("pull", repo, "-o", tmp_path / "back" / folder)
+        assert done.code == 0, done
+        assert local(tmp_path / "back" / folder) == found
         found.pop("README.md")
         assert found == local(tmp_path / folder)
+    done = adapter("verify", "my-org/m", "--json")
+    assert done.code == 0, done
+    assert done.json["unchecked"][0] == "README.md, which was written since"
 
 
 def test_branches_and_pull_requests(hub: HubServer, own: Path, adapter: Command) -> None:
@@ -172,7 +178,8 @@ def test_what_is_pushed_is_pulled(hub: HubServer, own: Path, adapter: Command, t
 def test_the_two_lines_of_the_readme(
     hub: HubServer, handmade: Handmade, adapter: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = re.search(r"^adapter merge someone/a someone/b .* &&\nadapter push merged me/merged$", README, re.MULTILINE)
+    lines = r"adapter merge someone/a someone/b .*-o merged && \\\n +adapter push merged me/merged$"
+    found = re.search(lines, README, re.MULTILINE)
     assert found is not None
     parts = {name: handmade(tmp_path / name, LAYERS, seed=n, base_model_name_or_path="my-org/base-7b")
              for n, name in enumerate("ab")}  # fmt: skip
@@ -180,7 +187,7 @@ def test_the_two_lines_of_the_readme(
         hub.add(f"someone/{name}", folder)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for line in found[0].split("&&"):
+    for line in found[0].replace("\\\n", "").split("&&"):
         done = adapter(*shlex.split(line)[1:])
         assert done.code == 0, done
     there = tmp_path / "there"

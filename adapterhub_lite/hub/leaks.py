@@ -26,6 +26,7 @@ LINE = "\n"
 LONGEST = 60  # characters of what was found that are shown
 DEEPEST = 32  # JSON in the header's metadata
 MOST = 200  # findings in one file that are listed
+FIRST = 1 << 13  # bytes of a file that tell whether it is a text
 MAX_BYTES = 200_000_000  # of a text; a tokenizer has 20 MB
 
 # What a name of an account tells nobody about.
@@ -41,18 +42,19 @@ _ROOTS = (
     "private shared? export net nas cluster runs experiments checkpoints dbfs raid run/media run/user"
 ).replace(" ", "|")
 # Paths that every machine has, and addresses of interfaces.
-_EVERYWHERE = r"(?!(?:usr|bin|sbin|lib|lib64|dev|etc|proc|sys|boot|run|api|v[0-9]+|docs|wiki|en)/)"
+_EVERYWHERE = r"(?!(?:usr|bin|sbin|lib|lib64|dev|etc|proc|sys|boot|run|api|v[0-9]+|docs|wiki|en|path/to)/)"
+_ANYBODYS = r"(?!\.(?:cache|config|local|ssh|bashrc|zshrc|profile)\b)"  # in a home folder
 _NAME = r"[A-Za-z_.][\w.+-]*"
 _MORE = r"/[\w.+@%=-]+"
 _BEFORE = r"(?:^|(?<=[\s\"'`(\[{>=,;|:]))"  # a path: not what goes on, </div> or //host
 _PATHS = (
     r"file:/{1,3}[\w~%][^\s\"'`)>]*",
     rf"{_BEFORE}/(?:{_ROOTS})(?:{_MORE})+",
-    rf"{_BEFORE}(?<!\]\()/{_EVERYWHERE}(?!path/to/){_NAME}(?:{_MORE}){{2,}}",
+    rf"{_BEFORE}(?<!\]\()/{_EVERYWHERE}{_NAME}(?:{_MORE}){{2,}}",
     rf"(?:path|dir|folder|file)[\"'`]?\s{{0,4}}[:= ]\s{{0,4}}[\"'`]?(?P<path>/{_EVERYWHERE}{_NAME}(?:{_MORE})*)",
     r"(?<![A-Za-z0-9?])[A-Za-z]:[\\/]{1,2}[\w.%-]{2,}(?:[\\/]{1,2}[\w.%-]+)*",
     r"(?:^|(?<=[\s\"'`]))\\\\[A-Za-z0-9][\w.-]+\\[\w.$-]+(?:\\[\w.$-]+)*",
-    rf"{_BEFORE}~/{_NAME}(?:{_MORE})*",
+    rf"{_BEFORE}~/{_ANYBODYS}{_NAME}(?:{_MORE})*",
     rf"{_BEFORE}~[a-z_][\w-]*(?:{_MORE}){{2,}}",
 )
 _TOKENS = (
@@ -78,14 +80,16 @@ _SECRETS = (
     rf"(?i:{_SECRET})[\"']?\s{{0,4}}[:=]\s{{0,4}}[\"']?(?P<secret>[\w/+.-]{{16,}}={{0,2}})",
 )
 _IN_ADDRESS = r"(?<![a-z0-9+.-])[a-z][a-z0-9+.-]*://[^\s/:@\"']*:(?P<password>[^\s/@\"'{}$<>]{3,})@"
-_MAIL = r"(?<![\w/.%+-])[A-Za-z0-9][\w.%+-]*@(?P<host>(?:[A-Za-z0-9-]+\.)+(?P<end>[A-Za-z]{2,}))\b"
+_MAIL = r"(?<![\w/.%+$-])[A-Za-z0-9][\w.%+-]*@(?P<host>(?:[A-Za-z0-9-]+\.)+(?P<end>[A-Za-z]{2,}))\b"
 _PATTERNS = (
     *(("a token", re.compile(rf"(?<![A-Za-z0-9_-])(?:{token})")) for token in _TOKENS),
     *(("a token", re.compile(secret)) for secret in (*_SECRETS, _IN_ADDRESS)),
     ("an e-mail address", re.compile(_MAIL)),
     *(("an absolute path", re.compile(path, re.MULTILINE)) for path in _PATHS),
 )
-_NOBODYS = re.compile(r"(?:.*\.)?example\.(?:com|org|net|edu)|.*\.(?:example|invalid|test|localhost)", re.IGNORECASE)
+_NOBODYS = re.compile(
+    r"(?:.*\.)?example\.(?:com|org|net|edu)|.*\.(?:example|invalid|test|localhost)|.*\bnoreply\b.*", re.IGNORECASE
+)
 _NO_DOMAIN = re.compile(
     "bin|gguf|gif|jpe?g|json|md|onnx|png|pt|py|safetensors|sh|svg|toml|txt|webp|ya?ml", re.IGNORECASE
 )
@@ -230,14 +234,18 @@ def _shown(kind: str, found: re.Match[str]) -> str:
 
 def _text(path: Path) -> str | None:
     """What a file says, or None if it is no text."""
+    wide = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(FIRST)
+            if b"\0" in data and not data.startswith(wide):
+                return None
+            data += file.read(MAX_BYTES + 1 - len(data))
     except OSError as error:
         raise os_error(error, path) from None
     if len(data) > MAX_BYTES:
         return None
-    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    encoding = "utf-16" if data.startswith(wide) else "utf-8-sig"
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError:

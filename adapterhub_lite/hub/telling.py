@@ -86,7 +86,7 @@ def _model(content: Content, repo: str) -> Told:
         if isinstance(unchanged, (int, float)):
             facts["unchanged weights"] = f"{unchanged:.1%} of those at the adapted layers"
     load = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{repo}")'
-    check = f"hf download {repo} --local-dir model\nadapter verify model"
+    check = f"adapter verify {repo}"
     usage = [("With transformers:", "python", load)] if model.config else []
     return Told(
         relation="merge",
