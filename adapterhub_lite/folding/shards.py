@@ -116,8 +116,11 @@ def fold_shard(job: Job) -> Done:
         kept = _Folding(job, new).run()
         for whole in job.shard.wholes:
             _put_whole(whole, job, new)
-        os.fsync(new)
-    return Done(sha256(job.target), kept)
+        with ThreadPoolExecutor(1) as other:
+            on_disk = other.submit(os.fsync, new)
+            digest = sha256(job.target)  # meanwhile
+            on_disk.result()
+    return Done(digest, kept)
 
 
 class _Folding:
