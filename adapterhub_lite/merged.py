@@ -101,8 +101,22 @@ class Merged:
     def extent(self, site: str) -> Extent:
         parts = [source.extent(site) for source in self.inputs if site in source.sites]
         ranks = [part.rank for part in parts]
+        self._check_ranks(site, ranks)
         rank = min(self._rule_at(site).rank(ranks, self.sites[site].shape), *self.sites[site].shape)
         return Extent(rank, frozenset({1.0}), any(part.bias for part in parts))
+
+    def _check_ranks(self, site: str, ranks: Sequence[int]) -> None:
+        if not self._rule_at(site).same_rank or (len(ranks) == len(self.inputs) and len(set(ranks)) == 1):
+            return
+        had = {next(iter(s.contents)): s.extent(site).rank if site in s.sites else None for s in self.inputs}
+        said = ", ".join(
+            f"{name} {'is not there' if rank is None else f'has rank {rank}'}" for name, rank in had.items()
+        )
+        raise NotMergeable(
+            f"rule {self.rule.name!r} merges adapters of one rank, all at the same layers, and {said}",
+            where=site,
+            fix="give them one rank with `adapter resize`, or choose another rule: `adapter rules` lists them",
+        )
 
     def prepare(self) -> None:
         """Make the rule's passes over all sites, once."""
@@ -128,6 +142,7 @@ class Merged:
         from .delta import Dense
 
         weights, shape = self.weights_at(site), self.sites[site].shape
+        self.extent(site)  # refuses what the rule does not take
         parts: list[Part] = []
         biases: list[tuple[str, Tensor]] = []
         for number, (source, w, share) in enumerate(zip(self.inputs, weights, shares(self.rule, weights), strict=True)):

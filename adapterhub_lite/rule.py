@@ -64,6 +64,8 @@ class Rule:
     """The number of adapters that it merges; None for any."""
     reads_factors: ClassVar[bool] = False
     """Whether the result depends on how ΔW is factored; others see only the matrix."""
+    same_rank: ClassVar[bool] = False
+    """Whether all adapters must be at every site, with one rank there. Other ones are refused."""
 
     def __post_init__(self) -> None:
         options.validate(self, owner=f"rule {self.name!r}")

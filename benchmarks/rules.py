@@ -17,7 +17,7 @@ import timing
 from merge import YARDSTICK, command_line
 
 FACTORS = ["mean", "slerp", "karcher", "model_stock", "tsv", "iso_c", "iso_cts", "core_space", "knots"]
-FACTORS += ["ctm", "svc", "pico"]
+FACTORS += ["ctm", "svc", "pico", "robust_merge"]
 ENTRIES = ["ties", "dare_linear", "dare_ties"]
 
 

@@ -27,7 +27,7 @@ Sites = Mapping[str, Sequence[Part]]
 
 
 def inputs(rule: Rule, count: int | None = None) -> dict[str, list[Part]]:
-    """Adapters of several ranks at every site, with the rule's default weights; as many as the rule takes."""
+    """Adapters at every site, with the rule's default weights, as many as it takes; of several ranks if it may be."""
     count = count or rule.takes or 3
     made: dict[str, list[Part]] = {}
     for at, (site, shape) in enumerate(SITES.items()):
@@ -35,6 +35,7 @@ def inputs(rule: Rule, count: int | None = None) -> dict[str, list[Part]]:
         for i in range(count):
             rng = torch.Generator().manual_seed(100 * at + i)
             rank = 0 if site == ALONE and 0 < i == count - 1 else RANKS[i % len(RANKS)]
+            rank = RANKS[0] if rule.same_rank else rank
             B = torch.randn(shape[0], rank, generator=rng, dtype=torch.float64)
             A = torch.randn(rank, shape[1], generator=rng, dtype=torch.float64)
             made[site].append(Part(LowRank(B, A, 0.5 + i), rule.default_weight(count), i, f"{site} {i}"))

@@ -43,6 +43,8 @@ RULES = (
     r("svc", alpha=1.0, scale=0.4),
     r("svc", scale=0.3),
     r("pico"),
+    r("robust_merge"),
+    r("robust_merge", density=1.0, floor=0.0, factor=1.0),
     r("ties"),
     r("ties", scope="site", density=0.5, scale=2.0),
     r("ties", density=1.0),
