@@ -24,6 +24,8 @@ from .source import DEFAULT, Piece, make_site, read
 from .staging import refuse_occupied, staged
 
 LONG_FLOAT = -1.2345678901234567e-100  # no float takes more room in JSON
+TRAINED = {"rule": "sum", "terms": [{"weight": 1.0, "adapter": None}]}
+"""The recipe of an adapter in memory as it is: it was not merged, and none is written."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def save(
         try:
             with staged(out, force=force, replaceable=_replaceable) as folder:  # first: a refused OUT costs no work
                 planned = plan(source, dtype=dtype, any_base=any_base, keep=keep)
-                facts["recipe"] = {**recipe, **asked(planned.contents, any_base=any_base, keep=keep)}
+                if recipe != TRAINED:
+                    facts["recipe"] = {**recipe, **asked(planned.contents, any_base=any_base, keep=keep)}
                 facts.update(planned.contents.facts, **_method(planned.contents.method))
                 with own.writer(folder, planned.contents, room=len(json.dumps({**facts, "error": longest}))) as writer:
                     error = _write(planned, writer, progress)

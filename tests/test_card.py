@@ -126,6 +126,18 @@ def test_lines_end_as_they_did(own: Path) -> None:
     assert written(own, text) == text
 
 
+def test_what_was_trained_here_is_no_merge(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5))
+    adapters = ah.adapt(model)
+    adapters.add("a", ah.LoRA(rank=2), targets=["0"])
+    adapters.save("a", tmp_path / "a")
+    text = written(tmp_path / "a")
+    assert entries(text)["tags"] == ["adapterhub-lite", "lora", "peft"]
+    assert "How it was made" not in text
+    (2.0 * ah.load(tmp_path / "a")).save(tmp_path / "b")
+    assert "merge" in entries(written(tmp_path / "b"))["tags"]
+
+
 @pytest.mark.parametrize(
     ("old", "words"),
     [
