@@ -95,6 +95,7 @@ def adapter(plugins_dir: Sequence[Path]) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command; exit 0 when done, 2 on wrong usage, 1 when refused or failed, 130 on an interrupt."""
+    gc.set_threshold(100_000)  # importing torch makes many objects that stay: looking through them takes 0.3 s
     code = run(args)
     if code == INTERRUPTED:  # at once: a thread that the interrupt left without its lock would be waited for
         sys.stderr.flush()
