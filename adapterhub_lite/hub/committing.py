@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from .. import _version
 from ..errors import AdapterError, FileError, HubError
 from .card import NAME as CARD
 from .content import File
+from .listing import File as Announced
+from .listing import content, digests
 from .refusals import REFUSED, refusal, status_of
-from .wire import Transfer, part
+from .wire import Transfer
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-    from huggingface_hub.hf_api import RepoFile
 
 PATIENCE = 120.0  # seconds without a byte until a server is given up, where the client would wait for ever
 MAIN = "main"
@@ -100,24 +100,30 @@ class Branch:
             raise FileError("exists, and everybody can see it", where=self.repo, fix=fix)
         return info.sha
 
-    def _tree(self, commit: str | None) -> dict[str, RepoFile]:
+    def _tree(self, commit: str | None) -> dict[str, Announced]:
         from huggingface_hub.hf_api import RepoFile
 
         if commit is None:
             return {}
         entries = self.api.list_repo_tree(self.repo, revision=commit, recursive=True)
-        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+        return {
+            entry.path: Announced(
+                entry.path, entry.size, None if entry.lfs is None else entry.lfs.sha256, entry.blob_id
+            )
+            for entry in entries
+            if isinstance(entry, RepoFile)
+        }
 
-    def _card(self, there: RepoFile) -> str:
-        for _ in range(2):
-            data = part(self.repo, self.head or MAIN, CARD, 0, there.size, Transfer()) if there.size else b""
-            if _same(data, there):
-                with contextlib.suppress(UnicodeDecodeError):
-                    return data.decode("utf-8-sig")
-                what = f"has a {CARD} that is not UTF-8"
-                raise HubError(what, where=self.repo, fix="save it as UTF-8 on its page", reason="corrupt")
-        what = f"sends another {CARD} than it announces"
-        raise HubError(what, where=self.repo, fix="try again later, or ask its owner", reason="corrupt")
+    def _card(self, there: Announced) -> str:
+        data = content(self.repo, self.head or MAIN, there, Transfer())
+        if data is None:
+            what = f"sends another {CARD} than it announces"
+            raise HubError(what, where=self.repo, fix="try again later, or ask its owner", reason="corrupt")
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            what = f"has a {CARD} that is not UTF-8"
+            raise HubError(what, where=self.repo, fix="save it as UTF-8 on its page", reason="corrupt") from None
 
     # The commit -------------------------------------------------------------------------------------
 
@@ -163,14 +169,14 @@ class Branch:
     ) -> CommitInfo:
         from huggingface_hub import CommitOperationAdd
 
-        def content(own: File | bytes) -> Any:
+        def sent(own: File | bytes) -> Any:
             if isinstance(own, bytes):
                 return own
             return own.path if opened is None else opened.enter_context(open(own.path, "rb"))
 
         done: CommitInfo = self.api.create_commit(
             self.repo,
-            [CommitOperationAdd(name, content(own)) for name, own in changed.items()],
+            [CommitOperationAdd(name, sent(own)) for name, own in changed.items()],
             commit_message=message,
             revision=self.revision,
             parent_commit=self.head,
@@ -217,17 +223,11 @@ class Branch:
         return HubError(what, where=found.where, fix=fix, reason=found.reason)
 
 
-def _same(own: File | bytes, there: RepoFile | None) -> bool:
+def _same(own: File | bytes, there: Announced | None) -> bool:
     """Whether the file on the Hub has the same bytes, by its digest."""
     if there is None:
         return False
-    if isinstance(own, bytes):
-        if there.lfs is not None:
-            return hashlib.sha256(own).hexdigest() == there.lfs.sha256
-        return hashlib.sha1(b"blob %d\0" % len(own) + own, usedforsecurity=False).hexdigest() == there.blob_id
-    if own.size != there.size:
-        return False
-    return own.sha256 == there.lfs.sha256 if there.lfs is not None else own.git_sha1 == there.blob_id
+    return digests([own], len(own)).match(there) if isinstance(own, bytes) else own.match(there)
 
 
 class _Patience:

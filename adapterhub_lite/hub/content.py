@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,17 +10,18 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from ..base_model import PICKLES
-from ..checkpoint import sha256, unpickle
+from ..checkpoint import unpickle
 from ..errors import FileError, os_error
 from ..folding import manifest
 from ..folding.verify import ADAPTER, verify
 from ..source import stored
 from .card import NAME as CARD
+from .listing import Digests, digests_of
+from .listing import File as Announced
 
 COMPOSITION = "composition.json"
 ADAPTERS = "adapters"
 WRITTEN = "give a folder with an adapter, a composition, or a model that adapters were folded into"
-BLOCK = 1 << 20
 _PICKLED = tuple(b"\x80" + bytes([version]) for version in range(2, 6))
 
 Kind = Literal["adapter", "composition", "model"]
@@ -39,17 +39,21 @@ class File:
         return self.path.stat().st_size
 
     @cached_property
-    def sha256(self) -> str:
-        return sha256(self.path)
+    def _large(self) -> Digests:
+        return digests_of(self.path, git=False)
 
     @cached_property
-    def git_sha1(self) -> str:
-        """By which git knows the content."""
-        digest = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-        with open(self.path, "rb") as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
-        return digest.hexdigest()
+    def _small(self) -> Digests:
+        return digests_of(self.path)
+
+    def match(self, there: Announced) -> bool:
+        """Whether the file on the Hub has the same bytes, by its digest."""
+        if self.size != there.size:
+            return False
+        try:
+            return (self._small if there.sha256 is None else self._large).match(there)
+        except OSError as error:
+            raise os_error(error, self.path) from error
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..checkpoint import MAX_HEADER, later
 from ..errors import HubError
-from .listing import File, Listing, digests, listed, remember
+from .listing import File, Listing, content, listed, remember
 from .pull import ADAPTER, Pulled, cached, chosen, fetch, note_branch, resolve, told_of
 from .reference import Reference
 from .wire import Transfer, part
@@ -89,11 +89,10 @@ def _whole(listing: Listing, file: File, transfer: Transfer, reference: Referenc
     if file.size > MAX_CONFIG:
         what = f"{file.path!r} has {file.size} bytes, the limit is {MAX_CONFIG}"
         raise HubError(what, where=reference, fix="a config has a few kB", reason="corrupt")
-    for _ in range(2):
-        with told_of(reference):
-            content = part(listing.repo, listing.commit, file.path, 0, file.size, transfer)
-        if digests(iter([content]), len(content)).match(file):
-            return content
+    with told_of(reference):
+        found = content(listing.repo, listing.commit, file, transfer)
+    if found is not None:
+        return found
     what = f"{file.path!r} is not what the Hub announced, {file.size} bytes of {file.digest}"
     raise HubError(what, where=reference, fix="it was fetched twice: try later, or ask its owner", reason="corrupt")
 

@@ -93,7 +93,7 @@ def check(pulled: Pulled, locked: Locked, path: Path) -> None:
 
 def _sha256(pulled: Pulled) -> dict[str, str]:
     return {
-        name: (pulled.digests[name] if name in pulled.digests else digests_of(pulled.folder / name)).sha256
+        name: (pulled.digests[name] if name in pulled.digests else digests_of(pulled.folder / name, git=False)).sha256
         for name in sorted(pulled.files)
     }
 

@@ -166,13 +166,14 @@ def _verified(listing: Listing, file: File, place: Path, reference: Reference) -
     """The digests of the file in the cache, which are those announced."""
     from huggingface_hub import constants, hf_hub_download
 
+    git = file.sha256 is None
     with told_of(reference):
-        found = digests_of(place)
+        found = digests_of(place, git=git)
     if not found.match(file) and not constants.HF_HUB_OFFLINE:
         forget(place)
         with told_of(reference), _bars():
             place = Path(hf_hub_download(listing.repo, file.path, revision=listing.commit, force_download=True))
-            found = digests_of(place)
+            found = digests_of(place, git=git)
         if not found.match(file):
             forget(place)
     if not found.match(file):
@@ -207,7 +208,7 @@ def copied(pulled: Pulled, folder: Path) -> None:
                     new.write(block)
                     yield block
 
-            found = digests(blocks(), file.size)
+            found = digests(blocks(), file.size, git=file.sha256 is None)
         if not found.match(file):  # it was changed since it was verified
             raise _corrupt(file, found, place, pulled.reference, offline=True)
 

@@ -14,10 +14,9 @@ from .card import by_hand, card
 from .committing import MAIN, PATIENT, Branch
 from .content import Content, File, read
 from .leaks import Leak, leaks, refuse, whoever
+from .reference import Reference, parse
 from .telling import told
 
-_NAME = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?/[A-Za-z0-9](?:[\w.-]{0,94}\w)?")
-_COMMIT = re.compile("[0-9a-f]{40}")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,99}")
 
 
@@ -120,10 +119,10 @@ def push(
 
 
 def _check(repo: str, revision: str | None, pr: bool, license: str | None) -> None:
-    if not _NAME.fullmatch(repo) or ".." in repo or "--" in repo:
+    if parse(repo) != Reference(repo) or ".." in repo or "--" in repo:
         fix = "give owner/name; a branch is a --revision (revision=)"
         raise ConfigError("is no name of a model on the Hub", where=repo, fix=fix)
-    if revision is not None and _COMMIT.fullmatch(revision):
+    if Reference(repo, revision).pinned:
         raise ConfigError(f"nothing can be added to the commit {revision}", where=repo, fix="give a branch")
     if pr and revision not in (None, MAIN):
         raise ConfigError("a pull request is for the branch main", where=repo, fix="leave out --revision (revision=)")
