@@ -129,6 +129,7 @@ class Merged:
                 self._passed += 1
 
     def _observe(self, site: str) -> Facts:
+        self.extent(site)  # refuses what the rule does not take
         return self.rule.observe(self._parts(site)[0], self._place(site), self._facts)
 
     def _place(self, site: str) -> Place:
@@ -142,7 +143,6 @@ class Merged:
         from .delta import Dense
 
         weights, shape = self.weights_at(site), self.sites[site].shape
-        self.extent(site)  # refuses what the rule does not take
         parts: list[Part] = []
         biases: list[tuple[str, Tensor]] = []
         for number, (source, w, share) in enumerate(zip(self.inputs, weights, shares(self.rule, weights), strict=True)):
@@ -165,15 +165,16 @@ class Merged:
 
     def piece(self, site: str) -> Piece:
         self.prepare()
+        rank = self.extent(site).rank
         parts, bias = self._parts(site)
         delta = self._rule_at(site).merge(parts, self._place(site), self._facts)
-        return Piece(self._fitted(delta, site), (), bias)
+        return Piece(self._fitted(delta, site, rank), (), bias)
 
-    def _fitted(self, delta: Delta, site: str) -> Delta:
+    def _fitted(self, delta: Delta, site: str, rank: int) -> Delta:
         """The result with exactly the rank that was planned, for a file's tensors are."""
         from . import algebra
 
-        shape, rank = self.sites[site].shape, self.extent(site).rank
+        shape = self.sites[site].shape
         if tuple(delta.shape) != shape:
             what = f"rule {self.rule.name!r} gave ΔW of shape {list(delta.shape)}, not {list(shape)}"
             raise NotMergeable(what, where=site, fix="repair the rule's plugin")
