@@ -18,6 +18,7 @@ from ..registry import registry
 from ..source import OnHub, Source, stored
 from ..tuning import weighted_sum
 from .cuts import refuse_two
+from .grouped import DTYPES
 from .rule_options import rule_of
 
 if TYPE_CHECKING:
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
     from ..rule import Rule
 
 T = TypeVar("T")
-DTYPES = {
-    "float32": "F32", "fp32": "F32", "float64": "F64", "fp64": "F64",
-    "float16": "F16", "fp16": "F16", "bfloat16": "BF16", "bf16": "BF16",
-}  # fmt: skip
 MOVING = "{0}: another commit may be there tomorrow; to merge the same again write {1}"
 DEFAULT_WEIGHTS = "weights: {} each (say --weights to choose)"
 OF_THE_RUN = frozenset(

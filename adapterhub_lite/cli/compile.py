@@ -9,7 +9,8 @@ import click
 
 from .. import per_site
 from .cuts import cut_options, refuse_two
-from .merge import errors, parse_dtype, report, summary
+from .grouped import dtype_option
+from .merge import errors, report, summary
 from .output import print_json, progress
 
 
@@ -17,9 +18,7 @@ from .output import print_json, progress
 @click.argument("ref", metavar="COMPOSITION", type=click.Path(path_type=Path))
 @click.option("-o", "--out", metavar="OUT", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @cut_options("Truncate to this rank at every site, optimally.")
-@click.option(
-    "--dtype", callback=parse_dtype, help="float32, float16, bfloat16 or float64. Default: the widest input's."
-)
+@dtype_option("the widest input's")
 @click.option("--force", is_flag=True, help="Replace the adapter at OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every module.")

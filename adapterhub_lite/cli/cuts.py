@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from .grouped import C, together
 from .output import Size
-
-C = TypeVar("C", bound=Callable[..., Any])
 
 
 def cut_options(rank: str, to: str = "Truncate to the") -> Callable[[C], C]:
     """`--rank`, `--max-error` and `--budget`; `rank` is the help of the first, `to` how that of the others begins."""
-    options = (
+    return together(
         click.option("--rank", type=click.IntRange(min=1), help=rank),
         click.option(
             "--max-error",
@@ -23,13 +22,6 @@ def cut_options(rank: str, to: str = "Truncate to the") -> Callable[[C], C]:
         ),
         click.option("--budget", type=Size(), help=f"{to} nearest adapter of at most this size, say 80MB."),
     )
-
-    def decorate(command: C) -> C:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
 
 
 def refuse_two(cuts: Mapping[str, Any]) -> None:

@@ -13,7 +13,8 @@ import click
 
 from ..errors import printable
 from .cuts import cut_options, refuse_two
-from .merge import WORST, errors, parse_dtype, report, summary
+from .grouped import dtype_option
+from .merge import WORST, errors, report, summary
 from .output import print_json, progress, table
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def parse_names(ctx: click.Context, param: click.Parameter, value: tuple[str, ..
 @cut_options("This rank at every layer. Default: 16.", "The")
 @click.option("--targets", multiple=True, callback=parse_names, help=f"Only these layers. {SEVERAL}")
 @click.option("--exclude", multiple=True, callback=parse_names, help=f"Not these. {SEVERAL}")
-@click.option("--dtype", callback=parse_dtype, help="float32, float16, bfloat16 or float64. Default: the base's.")
+@dtype_option("the base's")
 @click.option("--dry-run", is_flag=True, help="Compare the models, say what would be written, and stop.")
 @click.option("--force", is_flag=True, help="Replace the adapter at OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

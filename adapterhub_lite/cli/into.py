@@ -13,6 +13,7 @@ import click
 from ..errors import ConfigError, NotMergeable, printable
 from ..estimate import estimate_fold
 from ..hub.reference import on_hub
+from .grouped import together
 from .output import print_json, size, table, transfer
 from .transferred import spoken, told
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 LOST = 0.1  # of the change's length along itself: said aloud above
 WORST = 10  # modules shown unless --verbose
 
-OPTIONS = (
+into_options = together(
     click.option(
         "--into", metavar="BASE", type=click.Path(path_type=Path), help="Fold into this model: OUT is a model."
     ),
@@ -45,13 +46,6 @@ OPTIONS = (
 
 
 NAMES = ("into", "rounding", "rounding_seed", "link", "resume", "executor")
-
-
-def into_options(command: Any) -> Any:
-    """The options of `--into`."""
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
 
 
 def taken(given: dict[str, Any]) -> dict[str, Any]:

@@ -15,10 +15,11 @@ import click
 from .. import options
 from ..agreement import conflicts
 from ..checkpoint import ITEMSIZE
-from ..errors import NotMergeable, nearest, printable
+from ..errors import NotMergeable, printable
 from ..estimate import estimate
-from .asked import DTYPES, Asked, numbers, of_recipe, of_words, refuse_beside_recipe
+from .asked import Asked, numbers, of_recipe, of_words, refuse_beside_recipe
 from .cuts import cut_options
+from .grouped import merged_options
 from .into import into_options, merge_into, refuse_alone, taken
 from .output import print_json, progress, size, table
 from .rule_options import WithRule
@@ -73,14 +74,6 @@ def parse_weights(ctx: click.Context, param: click.Parameter, value: str | None)
         raise click.BadParameter(f"{value!r} is not numbers; write 0.7 0.3 or 0.7,0.3") from None
 
 
-def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    if value is None:
-        return None
-    if value.lower() not in DTYPES:
-        raise click.BadParameter(f"{value!r} is not a dtype adapters are stored in; {nearest(value, DTYPES)}")
-    return DTYPES[value.lower()]
-
-
 @click.command(cls=WithWeights)
 @click.argument("refs", metavar="REF...", nargs=-1)
 @click.option(
@@ -98,11 +91,7 @@ def parse_dtype(ctx: click.Context, param: click.Parameter, value: str | None) -
 )
 @click.option("--rule", metavar="NAME", help="How to merge, with options of its own: `adapter rules` lists them.")
 @cut_options("Truncate to this rank at every site, optimally.")
-@click.option(
-    "--dtype", callback=parse_dtype, help="float32, float16, bfloat16 or float64. Default: the widest input's."
-)
-@click.option("--keep", metavar="REF", help="Where they differ, take heads, biases and token rows from REF, or 'none'.")
-@click.option("--any-base", is_flag=True, help="Merge although the adapters name different base models.")
+@merged_options
 @into_options
 @click.option(
     "--recipe",

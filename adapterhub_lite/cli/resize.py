@@ -8,14 +8,15 @@ from typing import Any
 import click
 
 from .cuts import cut_options
-from .merge import merge, parse_dtype
+from .grouped import dtype_option
+from .merge import merge
 
 
 @click.command()
 @click.argument("ref")
 @click.option("-o", "--out", metavar="OUT", type=click.Path(path_type=Path), help="The folder to write.")
 @cut_options("At most this rank at every site.", "The")
-@click.option("--dtype", callback=parse_dtype, help="float32, float16, bfloat16 or float64. Default: as it is.")
+@dtype_option("as it is")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, from the headers, and stop.")
 @click.option("--force", is_flag=True, help="Replace the adapter at OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

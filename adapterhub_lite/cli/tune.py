@@ -15,7 +15,8 @@ from ..tuning import BOUNDS, L1, TRIALS, shown
 from ..tuning import tune as search
 from .asked import usage, whole
 from .cuts import cut_options, refuse_two
-from .merge import errors, gather_numbers, parse_dtype, parse_weights, report, summary
+from .grouped import merged_options
+from .merge import errors, gather_numbers, parse_weights, report, summary
 from .output import print_json, progress
 from .rule_options import WithRule, rule_of
 
@@ -58,11 +59,7 @@ class WithStart(WithRule):
 @click.option("--resume", is_flag=True, help="Go on with the trials in --log.")
 @click.option("--rule", metavar="NAME", help="How to merge, with options of its own: `adapter rules` lists them.")
 @cut_options("Truncate each trial, and the result, to this rank at every site.")
-@click.option(
-    "--dtype", callback=parse_dtype, help="float32, float16, bfloat16 or float64. Default: the widest input's."
-)
-@click.option("--keep", metavar="REF", help="Where they differ, take heads, biases and token rows from REF, or 'none'.")
-@click.option("--any-base", is_flag=True, help="Merge although the adapters name different base models.")
+@merged_options
 @click.option("--force", is_flag=True, help="Replace the adapter at OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every module.")
