@@ -5,19 +5,19 @@ The first check named is the one that the mistake was made for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
+from tripping import noted_in
 
 from adapterhub_lite import Delta, LowRank, Router
 from adapterhub_lite.options import option
 from adapterhub_lite.routing import top
 
 BUGS: dict[type[Router], tuple[str, ...]] = {}
-C = TypeVar("C", bound=type[Router])
+trips = noted_in(BUGS)
 Ways = Sequence[Mapping[str, Tensor]]
 
 
@@ -75,18 +75,6 @@ class Loudest(Router):
 
     def weights(self, ways: Ways, h: Tensor) -> Tensor:
         return torch.stack([((h @ way["G"]) * h).sum(-1) for way in ways], dim=-1).softmax(-1)
-
-
-def trips(*checks: str) -> Callable[[C], C]:
-    """Say which checks the bug must trip, and give it the docstring of the sound router."""
-
-    def note(cls: C) -> C:
-        BUGS[cls] = checks
-        if cls.__doc__ is None:
-            cls.__doc__ = cls.__mro__[1].__doc__
-        return cls
-
-    return note
 
 
 @trips("documented")

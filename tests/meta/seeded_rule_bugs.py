@@ -5,18 +5,19 @@ The first check named is the one that the mistake was made for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
+from tripping import noted_in
 
 from adapterhub_lite import Delta, Dense, LowRank, Part, Place, Rule, algebra, elementwise
 from adapterhub_lite.options import option
 from adapterhub_lite.rule import Facts, shares
 
 BUGS: dict[type[Rule], tuple[str, ...]] = {}
-C = TypeVar("C", bound=type[Rule])
+trips = noted_in(BUGS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +58,6 @@ class Dropping(Rule):
 
     def kept(self, part: Part, place: Place) -> torch.Tensor:
         return self.uniform(part, place) < 0.5
-
-
-def trips(*checks: str) -> Callable[[C], C]:
-    """Say which checks the bug must trip, and give it the docstring of the sound rule."""
-
-    def note(cls: C) -> C:
-        BUGS[cls] = checks
-        if cls.__doc__ is None:
-            cls.__doc__ = cls.__mro__[1].__doc__
-        return cls
-
-    return note
 
 
 @trips("documented")
