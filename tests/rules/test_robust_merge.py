@@ -48,12 +48,13 @@ def expected(As: list[Matrix], Bs: list[Matrix], density: float, floor: float, f
 @pytest.mark.parametrize("options", [(0.2, 0.8, 2.0), (0.5, 0.3, 1.0), (1.0, 0.0, 2.0), (0.02, 0.5, 2.0)])
 def test_the_formula(shape: tuple[int, int], options: tuple[float, float, float]) -> None:
     rng = torch.Generator().manual_seed(3)
-    own = []
+    deltas = []
     for i in range(3):
         B, A = (torch.randn(s, generator=rng, dtype=torch.float64) for s in ((shape[0], 5), (5, shape[1])))
-        own.append(Part(LowRank(B, A, 0.5 + i), 1 / 3, i, str(i)))
-    As = [part.delta.A.numpy() for part in own]  # type: ignore[union-attr]
-    Bs = [part.delta.scale * part.delta.B.numpy() for part in own]  # type: ignore[union-attr]
+        deltas.append(LowRank(B, A, 0.5 + i))
+    own = [Part(delta, 1 / 3, i, str(i)) for i, delta in enumerate(deltas)]
+    As = [delta.A.numpy() for delta in deltas]
+    Bs = [delta.scale * delta.B.numpy() for delta in deltas]
     rule = registry().rule("robust_merge")(**dict(zip(("density", "floor", "factor"), options, strict=True)))
     close(merged(rule, own), expected(As, Bs, *options))
 
