@@ -111,7 +111,7 @@ class TensorInfo:
         tensor = torch.empty(self.shape, dtype=torch_dtype(self.dtype))
         if self.nbytes:
             values = tensor.reshape(-1).view(torch.uint8)
-            self._read_into(values.numpy().data)
+            self.read_into(values.numpy().data)
             # Any other byte is undefined behaviour in whatever reads the tensor.
             if self.dtype == "BOOL" and int(values.max()) > 1:
                 raise damaged(f"tensor {shown(self.name)} has booleans other than 0 and 1", self.path)
@@ -119,10 +119,11 @@ class TensorInfo:
 
     def read_bytes(self) -> bytes:
         data = bytearray(self.nbytes)
-        self._read_into(memoryview(data))
+        self.read_into(memoryview(data))
         return bytes(data)
 
-    def _read_into(self, view: memoryview) -> None:
+    def read_into(self, view: memoryview) -> None:
+        """The bytes as they are stored, into room for just so many."""
         with _opened(whole(self.path)) as file:
             file.seek(self.start)
             while len(view):

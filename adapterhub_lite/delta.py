@@ -83,3 +83,8 @@ class Outline(NamedTuple):
     rank: int | None = None  # None: not low rank
     scale: float = 1.0
     bias: bool = False  # whether the bias changes too
+    factors: tuple[str, str] | None = None
+    """The saved tensors that are B and A, if those two are all that the delta is made of: who reads them needs no torch.
+
+    Axes behind the first are flattened.
+    """

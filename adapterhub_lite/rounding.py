@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
-from .scratch import fresh
 
-Memory = Callable[[str, Sequence[int], torch.dtype], Tensor]
-
-# What to add to the bits of a float32, and how far to shift them to the left, so that those halfway between two numbers
-# of the type become the lowest integer: of a bfloat16 the 16 bits that it lacks are 1000…; of a float16 there are 13,
-# but more where it is subnormal, and so of 12 all are to be 0.
-_HALFWAY = {torch.bfloat16: (0, 16), torch.float16: (0x800, 20)}
-_LOWEST = torch.iinfo(torch.int32).min
-
-
-def nearest(x: Tensor, dtype: torch.dtype, memory: Memory = fresh) -> Tensor:
-    """float64 to `dtype`, correctly rounded, ties to even. The result lies in `memory`, a `Scratch` maybe.
+def nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 to `dtype`, correctly rounded, ties to even.
 
     torch reaches types of 16 bits by way of float32, and so rounds twice: wrongly where the first rounding makes a tie.
     One of a hundred thousand bfloat16s is, and six of a hundred thousand float16s.
@@ -28,23 +16,7 @@ def nearest(x: Tensor, dtype: torch.dtype, memory: Memory = fresh) -> Tensor:
     >>> x.bfloat16().item(), nearest(x, torch.bfloat16).item()
     (1.0, 1.0078125)
     """
-    if x.ndim == 2 and x.stride(0) == 1 != x.stride(1):
-        return nearest(x.mT, dtype, memory).mT
-    found = memory("rounded", x.shape, dtype)
-    if dtype.itemsize >= 4:
-        return found.copy_(x)
-    if dtype not in _HALFWAY or x.ndim != 2:
-        return found.copy_(_to_odd(x))
-    by_way = memory("float32", x.shape, torch.float32).copy_(x)
-    found.copy_(by_way)
-    if x.numel():  # those that may be halfway are done again: few of them, and so a third of the time
-        added, shift = _HALFWAY[dtype]
-        bits = by_way.view(torch.int32)  # from here on, by_way is no more
-        (bits.add_(added) if added else bits).bitwise_left_shift_(shift)
-        rows = (bits.amin(1) == _LOWEST).nonzero()[:, 0]
-        i, j = (bits[rows] == _LOWEST).nonzero(as_tuple=True)
-        found[rows[i], j] = _to_odd(x[rows[i], j]).to(dtype)
-    return found
+    return x.to(dtype) if dtype.itemsize >= 4 else _to_odd(x).to(dtype)
 
 
 def _to_odd(x: Tensor) -> Tensor:

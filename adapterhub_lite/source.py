@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .checkpoint import TensorInfo, check_finite, dtype_name, sha256
-from .delta import Delta, LowRank
+from .delta import Delta, LowRank, Outline
 from .errors import FileError, NotMergeable, nearest
 from .format import Contents, Format, Planned, SiteContents
 from .hub.reference import on_hub, parse
@@ -46,6 +46,14 @@ class Extent(NamedTuple):
     rank: int
     scales: frozenset[float]  # |factor| that each of its low-rank parts is multiplied by
     bias: bool
+
+
+class Factors(NamedTuple):
+    """ΔW = scale · B A by where B (out, r, …) and A (r, …) lie; axes behind the second are 1 or flattened into it."""
+
+    B: TensorInfo
+    A: TensorInfo
+    scale: float
 
 
 class Source(Protocol):
@@ -102,6 +110,10 @@ class Single(ABC):
     @abstractmethod
     def saved_shared(self) -> Mapping[str, Tensor]:
         """Those that all sites have in common and that are saved."""
+
+    def factors(self, site: str) -> Factors | None:
+        """Where the tensors of a site's `piece` lie, if it is two in a file and no bias; else None."""
+        return None
 
     def params(self, site: str, place: Site | None = None) -> Params:
         """The tensors at one site, as the rules take them; `place` is the live site, if there is one."""
@@ -164,6 +176,15 @@ class Single(ABC):
         return Piece(here.delta(p, place), (), here.delta_bias(p, place))
 
 
+def factors_told(method: Method, outline: Outline) -> tuple[str, str] | None:
+    """The saved tensors B and A that an outline names, if it was written for the method's own delta."""
+    own = type(method)
+    speaks_of = next(cls for cls in own.__mro__ if "outline" in vars(cls))
+    # A subclass with another delta may not have thought of the outline that it inherits.
+    other = any(getattr(own, rule) is not getattr(speaks_of, rule) for rule in ("delta", "unpack"))
+    return None if other or method.reads_weight else outline.factors
+
+
 def _only_placed(delta: Delta, p: Params) -> bool:
     """Whether the delta's tensors are those of the adapter, or views of them."""
     own = {t.untyped_storage().data_ptr() for t in p.values()}
@@ -185,6 +206,16 @@ class Stored(Single):
 
     def saved_shared(self) -> Mapping[str, Tensor]:
         return {name: read(info) for name, info in self.own.shared.items()}
+
+    def factors(self, site: str) -> Factors | None:
+        part = self.own.sites[site]
+        outline = self.own.method.at(site).outline(part.shapes)
+        names = factors_told(self.own.method, outline)
+        if names is None or outline.bias:
+            return None
+        B, A = (part.tensors[name] for name in names)
+        whole = isinstance(B, TensorInfo) and isinstance(A, TensorInfo)  # not some columns of one
+        return Factors(B, A, outline.scale) if whole else None
 
     def recipe(self) -> dict[str, Any]:
         # Somebody's local path tells a reader nothing, and strangers where it lay.

@@ -22,7 +22,7 @@ from ..checkpoint import sha256
 from ..errors import AdapterError, ConfigError, FileError, NotMergeable, nearest, os_error
 from ..hub.pull import snapshot
 from ..staging import staged, unfinished
-from . import manifest
+from . import manifest, threads
 from .copying import copied
 from .journal import NAME as JOURNAL
 from .journal import Journal, begun
@@ -153,35 +153,27 @@ class _Run:
 
     def _in_process(self, todo: Sequence[Shard], finish: Finish) -> None:
         """On threads, several shards at once."""
-        ahead = ThreadPoolExecutor(2)
-        pool: ThreadPoolExecutor | None = None
-        threads = 1
+        workers = min(threads.available(), MOST_THREADS)
+        at_once = max(1, min(workers, len(todo)))
+        ahead, pool = ThreadPoolExecutor(2), ThreadPoolExecutor(at_once)
         quiet = False  # an interrupt may leave this thread with a lock that another needs: nobody waits for it then
-        try:
-            laid = [ahead.submit(self._lay_out, shard) for shard in todo]  # by the system, while torch is imported
-            import torch
-
-            threads = torch.get_num_threads()
-            workers = min(threads, MOST_THREADS)
-            at_once = max(1, min(workers, len(todo)))
-            pool = ThreadPoolExecutor(at_once)
-            make = self._jobs(threads=max(1, -(-workers // at_once)))
-            running: dict[Future[Done], Shard] = {}
-            for shard, ready in zip(todo, laid, strict=True):  # one is done and noted while others are laid out
-                running[pool.submit(_when_laid_out, ready, make(shard, local=True))] = shard
-            for future in as_completed(running):
-                finish(running[future], future.result())
-            quiet = True
-        except Exception:
-            quiet = True
-            raise
-        finally:
-            self.stop.set()
-            for each in (ahead, pool):
-                if each is not None:
+        with threads.torch_left_alone():
+            try:
+                laid = [ahead.submit(self._lay_out, shard) for shard in todo]  # by the system, while kinds are told
+                make = self._jobs(threads=max(1, -(-workers // at_once)))
+                running: dict[Future[Done], Shard] = {}
+                for shard, ready in zip(todo, laid, strict=True):  # one is done and noted while others are laid out
+                    running[pool.submit(_when_laid_out, ready, make(shard, local=True))] = shard
+                for future in as_completed(running):
+                    finish(running[future], future.result())
+                quiet = True
+            except Exception:
+                quiet = True
+                raise
+            finally:
+                self.stop.set()
+                for each in (ahead, pool):
                     each.shutdown(wait=quiet, cancel_futures=True)
-            if pool is not None:
-                torch.set_num_threads(threads)  # what the workers set is the process's default for new threads
 
     def _elsewhere(self, todo: Sequence[Shard], finish: Finish, executor: Executor) -> None:
         """On somebody's executor, a task a shard."""

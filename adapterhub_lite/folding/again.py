@@ -10,18 +10,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from ..checkpoint import BLOCK, ITEMSIZE, TensorInfo, shown
+from ..checkpoint import BLOCK, TensorInfo, shown
 from ..errors import FileError
 from ..site import Site
 from ..source import Source
+from . import threads
 from .blocks import Change, Rounding, Span
 from .copying import read_at, reading
 from .kinds import settled_all, site_for
+from .numbers import Array, bits_of, bytes_of, stored
 from .places import Layer
-from .shards import Shard, Whole, bytes_of, one_thread, pieces, read_part
+from .shards import Shard, Whole, pieces, read_part
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -68,15 +69,14 @@ class Compared:
         """Blocks of every layer that adapters change, and its bias."""
         sites = {name: site_for(layer, self.plan.sources) for name, layer in self.plan.layers.items()}
         terms = settled_all(self.plan, sites)
-        threads = torch.get_num_threads()
-        pool = ThreadPoolExecutor(threads, initializer=one_thread)  # as in folding: sums are added up in its order
-        try:
-            for layer in self.plan.layers.values():
-                self._layer(layer, sites[layer.name], terms, pool)
-                step()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
+        with threads.torch_left_alone(), threads.one_each():  # as in folding: sums are added up in its order
+            pool = ThreadPoolExecutor(threads.available())
+            try:
+                for layer in self.plan.layers.values():
+                    self._layer(layer, sites[layer.name], terms, pool)
+                    step()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _layer(self, layer: Layer, site: Site, terms: Sequence[Source], pool: ThreadPoolExecutor) -> None:
         change = Change(layer, site, terms)
@@ -89,15 +89,15 @@ class Compared:
         if change.merges and any(db is not None for db in biases.values()):  # all of it, then
             rest = [span for span in spans if span not in biases]
             biases |= dict(zip(rest, pool.map(lambda span: self._block(change, span), rest), strict=True))
-            db = torch.cat([part for span in spans if (part := biases[span]) is not None])
-        old = layer.bias.read()
+            db = np.concatenate([part for span in spans if (part := biases[span]) is not None])
+        old = stored(layer.bias)
         self._same(layer.bias, layer.bias.start, old if db is None else change.bias(old, db, self.rounding))
 
-    def _block(self, change: Change, span: Span) -> Tensor | None:
+    def _block(self, change: Change, span: Span) -> Array | None:
         info = change.layer.weight
         with reading(info.path) as old:
-            stored = read_part(old, info, span, change.site)
-        new, db, _ = change.block(stored, span, self.rounding)
+            part = read_part(old, info, span, change.site)
+        new, db, _ = change.block(part, span, self.rounding)
         ours = self._ours(info)
         with reading(ours.path) as handle:
             got = read_part(handle, ours, span, change.site)
@@ -142,25 +142,23 @@ class Compared:
                 fix="fold again, or give the base that it was made of",
             )
 
-    def _same(self, info: TensorInfo, at: int, want: Tensor) -> None:
+    def _same(self, info: TensorInfo, at: int, want: Array) -> None:
         """Whether a run of the file is `want`."""
-        got = torch.empty_like(want)
+        got = np.empty_like(want)
         with reading(self._ours(info).path) as handle:
             read_at(handle, bytes_of(got), at, self._ours(info).path)
         self._equal(info, got, want)
 
-    def _equal(self, info: TensorInfo, got: Tensor, want: Tensor) -> None:
-        size = ITEMSIZE[info.dtype]
-        a, b = (t.contiguous().view(-1).view(torch.uint8).view(-1, size) for t in (got, want))
-        other = int((a != b).any(1).sum())
+    def _equal(self, info: TensorInfo, got: Array, want: Array) -> None:
+        other = int(np.count_nonzero(bits_of(got) != bits_of(want)))
         if other:
             raise FileError(
                 f"tensor {shown(info.name)} is not what the recipe gives: "
-                f"{other} of {got.numel()} numbers compared are others",
+                f"{other} of {got.size} numbers compared are others",
                 where=self._ours(info).path,
                 fix="fold again; a few on another machine may be its way to add up",
             )
-        self.numbers += got.numel()
+        self.numbers += got.size
 
     def _ours(self, info: TensorInfo) -> TensorInfo:
         return replace(info, path=self.out / info.path.name)

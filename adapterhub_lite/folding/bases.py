@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .. import sketch
 from ..checkpoint import ITEMSIZE, TensorInfo
 from ..errors import FileError
+from . import numbers
 from .places import ANY_BASE
 
 if TYPE_CHECKING:
@@ -47,4 +48,5 @@ def _values(info: TensorInfo, site: Site) -> list[float]:
 def _value(info: TensorInfo, at: int) -> float:
     size = ITEMSIZE[info.dtype]
     start = info.start + at * size
-    return float(replace(info, shape=(1,), start=start, stop=start + size).read())
+    one = replace(info, shape=(), start=start, stop=start + size)
+    return float(numbers.float64(numbers.stored(one), info.dtype))

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from .. import rounding
-from ..checkpoint import check_finite, is_finite
+from ..checkpoint import check_finite, torch_dtype
 from ..delta import LowRank
 from ..errors import NotMergeable
 from ..protocol import Method, Params
-from ..scratch import fresh
-from ..seed import generator
 from ..site import Site
-from ..source import Single, Source
+from ..source import Piece, Single, Source
+from . import numbers, threads
+from .numbers import Array, Memory, fresh
 from .places import Layer, gives_delta, no_bias
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 BLOCK = 1 << 19  # numbers of a weight in work at once: the random numbers of stochastic rounding depend on it too
-MEASURED = 1 << 15  # of these, the first
+STRIP = 1 << 16  # of these, what is computed together: it fits the processor's cache
+MEASURED = 1 << 15  # of a block, the first
 
 
 class Span(NamedTuple):
@@ -46,15 +48,29 @@ class Kept(NamedTuple):
         return cls(sum(numbers), sum(unchanged), math.fsum(along), math.fsum(intended))
 
 
+Round = Callable[[Array, str, Memory], Array]
+
+
 class Rounding(NamedTuple):
     """To the nearest number, or with a seed at random."""
 
     seed: int | None = None
 
-    def __call__(self, x: Tensor, dtype: torch.dtype, name: str, span: Span, memory: rounding.Memory = fresh) -> Tensor:
+    def of(self, name: str, span: Span) -> Round:
+        """How the float64s of a span are rounded to a dtype, from the first to the last."""
         if self.seed is None:
-            return rounding.nearest(x, dtype, memory)
-        return rounding.stochastic(x, dtype, generator(self.seed, f"{name}:{span.start}"))
+            return numbers.nearest
+        from torch import from_numpy
+
+        from .. import rounding
+        from ..seed import generator
+
+        rng = generator(self.seed, f"{name}:{span.start}")
+
+        def at_random(x: Array, dtype: str, _: Memory) -> Array:
+            return numbers.of_tensor(rounding.stochastic(from_numpy(x), torch_dtype(dtype), rng))
+
+        return at_random
 
 
 class Change:
@@ -63,26 +79,24 @@ class Change:
     def __init__(self, layer: Layer, site: Site, terms: Sequence[Source]) -> None:
         self.layer, self.site = layer, site
         self.merges: list[tuple[float, Method, Params]] = []
-        self.others: list[Tensor] = []  # (out, in) each
-        low: list[LowRank] = []
-        biases = []
+        self.others: list[Array] = []  # (out, in) each
+        low: list[tuple[Array, Array]] = []
+        biases: list[Array] = []
         for part in layer.parts:
             source = terms[part.term]
-            if isinstance(source, Single) and not gives_delta(source):
+            stored = source.factors(part.site) if isinstance(source, Single) else None
+            if stored is not None:
+                B, A = (_matrix(numbers.float64(numbers.read(t), t.dtype)) for t in (stored.B, stored.A))
+                low.append((B * (stored.scale * part.weight), A))  # (out, r), (r, in)
+            elif isinstance(source, Single) and not gives_delta(source):
                 p = {key: t.double() if t.is_floating_point() else t for key, t in source.params(part.site).items()}
                 self.merges.append((part.weight, source.own.method.at(part.site), Params(p)))
-                continue
-            piece = source.piece(part.site)
-            delta = piece.delta.scaled(part.weight)
-            low.append(delta) if isinstance(delta, LowRank) else self.others.append(delta.dense())
-            if piece.bias is not None:
-                biases.append(part.weight * piece.bias.double())
-        self.b = layer.bias.read().double() if self.merges and layer.bias is not None else None  # (out,)
-        self.db = torch.stack(biases).sum(0) if biases else None  # (out,)
-        self.B = self.A = None
-        if low:
-            self.B = torch.cat([d.B.double() * d.scale for d in low], dim=1)  # (out, Σr)
-            self.A = torch.cat([d.A.double() for d in low])  # (Σr, in)
+            else:
+                _sort(source.piece(part.site), part.weight, low, self.others, biases)
+        self.b = self._bias() if self.merges and layer.bias is not None else None  # (out,)
+        self.db: Array | None = sum(biases[1:], biases[0]) if biases else None  # (out,)
+        self.B = np.concatenate([B for B, _ in low], axis=1) if low else None  # (out, Σr)
+        self.A = np.concatenate([A for _, A in low]) if low else None  # (Σr, in)
 
     def spans(self) -> Iterator[Span]:
         """The pieces that it is computed in: rows of the weight as it is stored, unless a merge needs others."""
@@ -95,77 +109,132 @@ class Change:
         step = max(1, BLOCK // max(other, 1))
         yield from (Span(at, min(at + step, whole), outputs) for at in range(0, whole, step))
 
-    def merged(self, W: Tensor, b: Tensor | None, span: Span) -> tuple[Tensor, Tensor | None]:
-        """W merged and Δb at these rows or columns of W, a float64 matrix that is written over; b: of these outputs."""
-        here = slice(span.start, span.stop)
-        rows, columns = (here, slice(None)) if span.outputs else (slice(None), here)
-        new = W
-        if self.B is not None and self.A is not None:
-            new = torch.addmm(W, self.B[rows], self.A[:, columns], out=None if self.merges else W)
-        for dense in self.others:
-            new = new + dense[rows, columns]
-        db = None if self.db is None or not span.outputs else self.db[here]
-        for weight, method, p in self.merges:
-            site, own = self.site, p
-            if len(W) != self.site.shape[0]:
-                site, found = self.site.narrow(len(W)), method.rows(p, span.start, span.stop, self.site)
-                assert found is not None
-                own = found
-            W_i, b_i = method.merge(own, W, b, site)
-            new = W_i if new is W and weight == 1.0 else new + weight * (W_i - W)
-            if b_i is not None and b_i is not b:
-                if b is None:
-                    raise no_bias(self.layer)
-                change = weight * (b_i - b)
-                db = change if db is None else db + change
-        return new, db
-
     def block(
-        self, stored: Tensor, span: Span, rounded: Rounding, memory: rounding.Memory = fresh
-    ) -> tuple[Tensor, Tensor | None, Kept]:
+        self, stored: Array, span: Span, rounding: Rounding, memory: Memory = fresh
+    ) -> tuple[Array, Array | None, Kept]:
         """The stored form of some rows or columns, merged; the change of the bias there; what rounding left of ΔW.
 
-        The latter is measured in the first rows alone. The first lies in `memory`.
+        `stored` is written over. ΔW is measured in the first rows alone.
         """
-        own = self.site.narrow(span.stop - span.start) if span.outputs else self.site
+        dtype, rows = self.layer.weight.dtype, _matrix(stored)
+        rounded = rounding.of(self.layer.weight.name, span)
+        some = -(-MEASURED // max(rows.shape[1], 1))
+        kept: list[Kept] = []
+        db = None if self.db is None or not span.outputs else self.db[span.start : span.stop]
+        for strip in self._strips(rows):
+            W = numbers.float64(rows[strip], dtype, memory)
+            old = W[:some].copy() if not kept else None
+            if self.merges:
+                W, db = self._merged(W, span, db)
+            else:
+                self._add(W, span.start + strip.start, memory)
+            merged = rounded(W, dtype, memory)
+            if not numbers.is_finite(merged, dtype, memory):
+                self._refuse(rows[strip])
+            if old is not None:
+                kept.append(_kept(old, W[:some], numbers.float64(merged[:some], dtype)))
+            rows[strip] = merged
+        return stored, db, kept[0]
 
-        def matrix(x: Tensor) -> Tensor:  # (out, in), either a part of it
-            return own.unfold(x) if span.outputs else x.mT
-
-        W = matrix(memory("weight", stored.shape, torch.float64).copy_(stored))
-        b = self.b[span.start : span.stop] if self.b is not None and span.outputs else None
-        new, db = self.merged(W, b, span)
-        merged = rounded(new, stored.dtype, self.layer.weight.name, span, memory)
-        if not is_finite(merged):
-            if not is_finite(stored):
-                check_finite(self.layer.weight.read(), self.layer.weight, fix="download the model again")
+    def bias(self, stored: Array, db: Array, rounding: Rounding) -> Array:
+        """The merged bias (out,), as it is stored."""
+        info = self.layer.bias
+        assert info is not None
+        rounded = rounding.of(info.name, Span(0, len(stored), True))
+        merged = rounded(numbers.float64(stored, info.dtype) + db, info.dtype, fresh)
+        if not numbers.is_finite(merged, info.dtype):
+            check_finite(info.read(), info, fix="download the model again")
             raise NotMergeable(
-                f"the merged weight of {self.layer.name!r} does not fit {self.layer.weight.dtype}",
-                fix="look for a weight or an alpha that is too large",
-            )
-        some = slice(-(-MEASURED // max(new.shape[1], 1)))
-        kept = _kept(matrix(stored)[some].double(), new[some], merged[some])
-        back = own.fold(merged) if span.outputs else merged.mT
-        return back.contiguous(), db, kept
-
-    def bias(self, b: Tensor, db: Tensor, rounded: Rounding) -> Tensor:
-        """The merged bias (out,), in b's dtype."""
-        assert self.layer.bias is not None
-        merged = rounded(b.double() + db, b.dtype, self.layer.bias.name, Span(0, len(b), True))
-        if not is_finite(merged):
-            check_finite(b, self.layer.bias, fix="download the model again")
-            raise NotMergeable(
-                f"the merged bias of {self.layer.name!r} does not fit {self.layer.bias.dtype}",
+                f"the merged bias of {self.layer.name!r} does not fit {info.dtype}",
                 fix="look for a weight that is too large",
             )
         return merged
 
+    def _bias(self) -> Array:
+        assert self.layer.bias is not None
+        return numbers.float64(numbers.stored(self.layer.bias), self.layer.bias.dtype)
 
-def _kept(W: Tensor, new: Tensor, merged: Tensor) -> Kept:
-    applied, intended = (merged.double() - W).flatten(), (new - W).flatten()
+    def _strips(self, rows: Array) -> Iterator[slice]:
+        """Rows as they are stored, so many at a time; a method's merge gets all at once."""
+        step = len(rows) if self.merges else max(1, STRIP // max(rows.shape[1], 1))
+        return (slice(at, at + step) for at in range(0, max(len(rows), 1), max(step, 1)))
+
+    def _add(self, W: Array, start: int, memory: Memory) -> None:
+        """The deltas, to some rows of the weight as it is stored."""
+        here = slice(start, start + len(W))
+        if self.B is not None and self.A is not None:
+            left, right = (self.A.T, self.B.T) if self.site.by_inputs else (self.B, self.A)
+            W += np.matmul(left[here], right, out=memory("product", W.shape, np.float64))
+        for dense in self.others:
+            W += (dense.T if self.site.by_inputs else dense)[here]
+
+    def _merged(self, W: Array, span: Span, db: Array | None) -> tuple[Array, Array | None]:
+        """All of a span as it is stored, with the methods' own merges, and Δb."""
+        from torch import from_numpy
+
+        threads.one()
+        here = slice(span.start, span.stop)
+        narrow = self.site.narrow(span.stop - span.start)
+        before: Tensor = narrow.unfold(from_numpy(W).reshape(narrow.weight_shape))  # (out, in)
+        b = None if self.b is None else from_numpy(self.b[here])
+        new = before
+        if self.B is not None and self.A is not None:
+            new = new + from_numpy(self.B[here] @ self.A)
+        for dense in self.others:
+            new = new + from_numpy(dense[here])
+        for weight, method, p in self.merges:
+            site, own = self.site, p
+            if len(before) != self.site.shape[0]:
+                site, found = narrow, method.rows(p, span.start, span.stop, self.site)
+                assert found is not None
+                own = found
+            W_i, b_i = method.merge(own, before, b, site)
+            new = W_i if new is before and weight == 1.0 else new + weight * (W_i - before)
+            if b_i is not None and b_i is not b:
+                if b is None:
+                    raise no_bias(self.layer)
+                change_b = weight * (b_i - b).numpy()
+                db = change_b if db is None else db + change_b
+        return narrow.fold(new).contiguous().numpy().reshape(W.shape), db
+
+    def _refuse(self, stored: Array) -> None:
+        info = self.layer.weight
+        if not numbers.is_finite(stored, info.dtype):
+            check_finite(info.read(), info, fix="download the model again")
+        raise NotMergeable(
+            f"the merged weight of {self.layer.name!r} does not fit {info.dtype}",
+            fix="look for a weight or an alpha that is too large",
+        )
+
+
+def _matrix(x: Array) -> Array:
+    """All but the first axis flattened."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
+
+
+def _sort(
+    piece: Piece, weight: float, low: list[tuple[Array, Array]], others: list[Array], biases: list[Array]
+) -> None:
+    """Put what a source gives, in float64, where it belongs."""
+    delta = piece.delta.scaled(weight)
+    if isinstance(delta, LowRank):
+        low.append((_float64(delta.B) * delta.scale, _float64(delta.A)))  # (out, r), (r, in)
+    else:
+        others.append(_float64(delta.dense()))  # (out, in)
+    if piece.bias is not None:
+        biases.append(weight * _float64(piece.bias))  # (out,)
+
+
+def _float64(t: Tensor) -> Array:
+    found: Array = t.detach().double().cpu().numpy()
+    return found
+
+
+def _kept(W: Array, new: Array, merged: Array) -> Kept:
+    applied, intended = (merged - W).ravel(), (new - W).ravel()
     return Kept(
         len(intended),
-        len(intended) - int(torch.count_nonzero(applied)),
-        float(torch.dot(applied, intended)),
-        float(torch.dot(intended, intended)),
+        len(intended) - int(np.count_nonzero(applied)),
+        float(np.dot(applied, intended)),
+        float(np.dot(intended, intended)),
     )

@@ -12,18 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..checkpoint import ITEMSIZE, Checkpoint, TensorInfo, is_finite, sha256, torch_dtype
+from ..checkpoint import ITEMSIZE, Checkpoint, TensorInfo, sha256
 from ..errors import NotMergeable
-from ..source import Source, read
+from ..source import Source
+from . import threads
 from .copying import Step, copy_range, linked, no_step, read_at, reading, reserve, write_at, writing
 from .places import Layer, no_bias
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..rounding import Memory
     from ..site import Site
     from .blocks import Change, Kept, Rounding, Span
+    from .numbers import Array, Memory
 
 
 class Whole(NamedTuple):
@@ -143,23 +142,23 @@ class _Folding:
                 kept[change.layer.name] = Kept.total(piece.kept for piece in found)
             self._write_bias(change, found)
 
-        try:
-            for layer in self.job.shard.layers:
-                change = Change(layer, self.job.sites[layer.name], self.job.terms)
-                spans = change.spans() if self.job.shard.has(layer.weight) or change.merges else ()
-                waiting.append((change, [pool.submit(self._one, change, span) for span in spans]))
-                if len(waiting) > 1:  # the next one's factors are read meanwhile
+        with threads.one_each():
+            try:
+                for layer in self.job.shard.layers:
+                    change = Change(layer, self.job.sites[layer.name], self.job.terms)
+                    spans = change.spans() if self.job.shard.has(layer.weight) or change.merges else ()
+                    waiting.append((change, [pool.submit(self._one, change, span) for span in spans]))
+                    if len(waiting) > 1:  # the next one's factors are read meanwhile
+                        finish()
+                while waiting:
                     finish()
-            while waiting:
-                finish()
-        finally:
-            pool.shutdown(cancel_futures=True)
+            finally:
+                pool.shutdown(cancel_futures=True)
         return kept
 
     def _begin(self) -> None:
-        from ..scratch import Scratch
+        from .numbers import Scratch
 
-        one_thread()
         self.own.memory = Scratch()
 
     def _one(self, change: Change, span: Span) -> _Piece:
@@ -173,24 +172,26 @@ class _Folding:
         return _Piece(kept, db)
 
     def _write_bias(self, change: Change, found: Sequence[_Piece]) -> None:
-        import torch
+        import numpy as np
+
+        from . import numbers
 
         info = change.layer.bias
         changes = [piece.db for piece in found if piece.db is not None]
-        db = torch.cat(changes) if changes else change.db
+        db = np.concatenate(changes) if changes else change.db
         if db is None:
             if change.layer.biased and info is not None and self.job.shard.has(info):
-                _put(self.new, info, info.read())  # it might have changed, and did not
+                _put(self.new, info, numbers.stored(info))  # it might have changed, and did not
             return
         if info is None:
             raise no_bias(change.layer)
         if self.job.shard.has(info):
-            _put(self.new, info, change.bias(info.read(), db, self.job.rounding))
+            _put(self.new, info, change.bias(numbers.stored(info), db, self.job.rounding))
 
 
 class _Piece(NamedTuple):
     kept: Kept
-    db: Tensor | None
+    db: Array | None
 
 
 def _runs(info: TensorInfo, span: Span, site: Site) -> Iterator[tuple[int, int]]:
@@ -205,13 +206,13 @@ def _runs(info: TensorInfo, span: Span, site: Site) -> Iterator[tuple[int, int]]
         yield at + span.start * size, at + span.stop * size
 
 
-def read_part(handle: int, info: TensorInfo, span: Span, site: Site, memory: Memory | None = None) -> Tensor:
+def read_part(handle: int, info: TensorInfo, span: Span, site: Site, memory: Memory | None = None) -> Array:
     """The part of a weight, as it is stored."""
-    from ..scratch import fresh
+    from .numbers import bytes_of, fresh, stored_type
 
     shape, n = list(site.weight_shape), span.stop - span.start
     shape[0 if span.outputs != site.by_inputs else 1] = n
-    part = (memory or fresh)("stored", shape, torch_dtype(info.dtype))
+    part = (memory or fresh)("stored", shape, stored_type(info.dtype))
     view, at = bytes_of(part), 0
     for start, stop in _runs(info, span, site):
         read_at(handle, view[at : at + stop - start], start, info.path)
@@ -219,28 +220,26 @@ def read_part(handle: int, info: TensorInfo, span: Span, site: Site, memory: Mem
     return part
 
 
-def _write(handle: int, info: TensorInfo, part: Tensor, span: Span, site: Site) -> None:
+def _write(handle: int, info: TensorInfo, part: Array, span: Span, site: Site) -> None:
+    from .numbers import bytes_of
+
     view, at = bytes_of(part), 0
     for start, stop in _runs(info, span, site):
         write_at(handle, view[at : at + stop - start], start)
         at += stop - start
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    import torch
-
-    data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
-    return data
-
-
 def _put_whole(whole: Whole, job: Job, handle: int) -> None:
+    from .numbers import bytes_of
+
     for at, part in pieces(whole, job.rounding):
         write_at(handle, bytes_of(part), at)
         job.step(part.nbytes)
 
 
-def pieces(whole: Whole, rounding: Rounding) -> Iterator[tuple[int, Tensor]]:
+def pieces(whole: Whole, rounding: Rounding) -> Iterator[tuple[int, Array]]:
     """A value that an adapter brings along, in the base's dtype, and where it goes: a head can have a gigabyte."""
+    from . import numbers
     from .blocks import BLOCK, Span
 
     old, new = whole.old, whole.new
@@ -249,10 +248,11 @@ def pieces(whole: Whole, rounding: Rounding) -> Iterator[tuple[int, Tensor]]:
     for i in range(0, new.numel // max(row, 1), step):
         n = min(step, new.numel // row - i)
         at, size = new.start + i * row * ITEMSIZE[new.dtype], n * row * ITEMSIZE[new.dtype]
-        part = read(replace(new, shape=(n * row,), start=at, stop=at + size))
+        part = numbers.read(replace(new, shape=(n * row,), start=at, stop=at + size))
         if old.dtype != new.dtype:
-            part = rounding(part.double(), torch_dtype(old.dtype), old.name, Span(i, i + n, True))
-            if not is_finite(part):
+            rounded = rounding.of(old.name, Span(i, i + n, True))
+            part = rounded(numbers.float64(part, new.dtype), old.dtype, numbers.fresh)
+            if not numbers.is_finite(part, old.dtype):
                 raise NotMergeable(
                     f"the trained value of {old.name!r} does not fit {old.dtype}", fix="pass --keep none"
                 )
@@ -260,11 +260,7 @@ def pieces(whole: Whole, rounding: Rounding) -> Iterator[tuple[int, Tensor]]:
         yield old.start + to * row * ITEMSIZE[old.dtype], part
 
 
-def _put(handle: int, info: TensorInfo, tensor: Tensor) -> None:
-    write_at(handle, bytes_of(tensor.contiguous()), info.start)
+def _put(handle: int, info: TensorInfo, values: Array) -> None:
+    from .numbers import bytes_of
 
-
-def one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
+    write_at(handle, bytes_of(values), info.start)

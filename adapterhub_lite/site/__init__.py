@@ -2,7 +2,7 @@
 
 A method states ΔW in matrix form (out, in) and knows no layer types; a site kind knows
 its layer and no methods. Kinds are plugins too: the files beside this one come in through
-the hook `site_kinds`. Only they import torch.
+the hook `site_kinds`. None imports torch before a live layer is at hand: files are planned and folded without it.
 """
 
 from __future__ import annotations

@@ -6,15 +6,15 @@ import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterError, ConfigError
 from ..hookspecs import hookimpl
 from . import Site
 from .block import BlockSite
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 TAKES = {"hidden_states", "attention_mask", "past_key_values", "position_embeddings"}
 MASKED = ("eager", "sdpa")  # implementations whose mask, if there is one, has a row for each query
@@ -32,6 +32,8 @@ class AttentionSite(BlockSite):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
+        from torch import nn
+
         if not all(isinstance(module._modules.get(name), nn.Module) for name in ("q_proj", "k_proj", "v_proj")):
             return False
         known = all(hasattr(module, name) for name in ("head_dim", "layer_idx", "config"))
@@ -39,6 +41,8 @@ class AttentionSite(BlockSite):
 
     @classmethod
     def check(cls, name: str, module: nn.Module) -> None:
+        import torch
+
         super().check(name, module)
         rotate = getattr(type(module).forward, "__globals__", {}).get("rotate_half")
         if rotate is None or rotate(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
@@ -65,6 +69,8 @@ class AttentionSite(BlockSite):
         The keys are taken as they would lie in a cache of n positions. The input's positions do not move, so the keys
         are rotated back by n: what counts is the distance. A cache that is continued holds none of this.
         """
+        import torch
+
         module = self._live()
         names = [*inspect.signature(type(module).forward).parameters][1:] if args else []
         call = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -89,6 +95,8 @@ class AttentionSite(BlockSite):
 
         Only a first call is without; a single query sees all there is.
         """
+        import torch
+
         module, length = self._live(), x.shape[1]
         if length == 1 or not module.is_causal:
             return None
@@ -99,6 +107,8 @@ class AttentionSite(BlockSite):
 
     def _rotated_back(self, keys: Tensor) -> Tensor:
         """Keys (…, heads, n, head_dim) as n positions earlier."""
+        import torch
+
         turn = torch.tensor(self.frequencies, dtype=torch.float64, device=keys.device) * keys.shape[-2]
         cos, sin = turn.cos().to(keys.dtype), turn.sin().to(keys.dtype)  # (head_dim / 2,)
         a, b = keys.chunk(2, dim=-1)
@@ -112,6 +122,8 @@ class _Front:
         self.keys, self.values, self.cache = keys, values, cache
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        import torch
+
         if self.cache is not None:
             keys, values = self.cache.update(keys, values, *args, **kwargs)
         batch = (keys.shape[0], -1, -1, -1)  # (batch, heads, length, head_dim)
@@ -128,6 +140,8 @@ def _heads(rows: Tensor, size: int) -> Tensor:
 
 def _frequencies(name: str, module: nn.Module) -> tuple[float, ...]:
     """As the model computes them from its config. Raises `ConfigError` where that is not known."""
+    import torch
+
     config: Any = module.config
     rope = getattr(config, "rope_parameters", None) or {}
     kind, size = rope.get("rope_type"), int(module.head_dim)  # type: ignore[arg-type]

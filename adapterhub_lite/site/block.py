@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, NotMergeable
 from ..hookspecs import hookimpl
 from . import SLOT, Site
 from .embedding import EmbeddingSite
 from .linear import LinearSite, TransposedLinearSite
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 LAYERS: tuple[type[Site], ...] = (LinearSite, TransposedLinearSite, EmbeddingSite)
 
@@ -28,6 +29,8 @@ class BlockSite(Site):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
+        from torch import nn
+
         return not isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
     @classmethod
@@ -93,6 +96,8 @@ def _values(module: nn.Module) -> list[nn.Parameter]:
 
 def _shape(layer: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a layer that has widths, else None."""
+    from torch import nn
+
     if isinstance(layer, nn.LayerNorm):
         return layer.normalized_shape[-1], layer.normalized_shape[-1]
     for kind in LAYERS:

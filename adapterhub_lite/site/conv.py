@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-
-from torch import Tensor, nn
-from torch.nn import functional as F
+from typing import TYPE_CHECKING, ClassVar
 
 from ..delta import Delta, LowRank
 from ..hookspecs import hookimpl
 from . import Site
 
-CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class ConvSite(Site):
     """The weight is (out, in/groups, *kernel); the matrix form flattens all but `out`."""
 
-    module_class: type[nn.Conv1d | nn.Conv2d | nn.Conv3d]
+    axes: ClassVar[int]
+    """Of the kernel."""
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        return type(module).forward is cls.module_class.forward
+        from torch import nn
+
+        own = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[cls.axes - 1]
+        return type(module).forward is own.forward
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -39,6 +41,9 @@ class ConvSite(Site):
         return weight.flatten(1)
 
     def apply(self, delta: Delta, x: Tensor) -> Tensor:
+        from torch import nn
+        from torch.nn import functional as F
+
         conv = self._live()
         assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         if not isinstance(delta, LowRank):
@@ -48,7 +53,8 @@ class ConvSite(Site):
         A = delta.A.reshape(r, *self.weight_shape[1:]).repeat(g, *(1 for _ in self.weight_shape[1:]))  # (g·r, in/g, *k)
         B = delta.B.reshape(*delta.B.shape, *(1 for _ in self.kernel))  # (out, r, 1, …)
         hidden = self._convolve(conv, x, A)  # (batch, g·r, *size)
-        return delta.scale * CONVOLVE[len(self.kernel)](hidden, B, groups=g)
+        mix = (F.conv1d, F.conv2d, F.conv3d)[self.axes - 1]
+        return delta.scale * mix(hidden, B, groups=g)
 
     def _convolve(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor) -> Tensor:
         # The module's own convolution, so that its padding mode and stride are right; no bias.
@@ -57,15 +63,15 @@ class ConvSite(Site):
 
 
 class Conv1dSite(ConvSite):
-    kind, module_class = "conv1d", nn.Conv1d
+    kind, axes = "conv1d", 1
 
 
 class Conv2dSite(ConvSite):
-    kind, module_class = "conv2d", nn.Conv2d
+    kind, axes = "conv2d", 2
 
 
 class Conv3dSite(ConvSite):
-    kind, module_class = "conv3d", nn.Conv3d
+    kind, axes = "conv3d", 3
 
 
 @hookimpl

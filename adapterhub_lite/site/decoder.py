@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterError, ConfigError
 from ..hookspecs import hookimpl
 from . import Site
 from .block import BlockSite
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 DYNAMIC = "call it with a mask (batch, length) and a dynamic cache"
 
@@ -73,6 +73,9 @@ class DecoderSite(BlockSite):
         The mask is as much longer, and positions begin behind the prompt. A call that continues a cache gets no
         prompt, for it is in the cache; the mask covers it there.
         """
+        import torch
+        from torch import Tensor
+
         call, n = self._by_name(args, kwargs), len(prompt)
         call.pop("cache_position", None)  # the decoder counts for itself
         mask, positions, seen = call.get("attention_mask"), call.get("position_ids"), _seen(call)
@@ -140,6 +143,8 @@ def _seen(call: Mapping[str, Any]) -> int:
 
 def _stripped(out: Any, n: int, length: int) -> Any:
     """Hidden states (batch, length, width) and attention weights (batch, heads, length, …) from position n on."""
+    from torch import Tensor
+
     if isinstance(out, Tensor):
         if out.ndim == 3 and out.shape[1] == length:
             return out[:, n:]

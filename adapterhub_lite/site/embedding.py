@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from typing import TYPE_CHECKING
 
 from ..delta import Delta, LowRank
 from ..errors import AdapterError
 from ..hookspecs import hookimpl
 from . import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class EmbeddingSite(Site):
@@ -19,6 +21,8 @@ class EmbeddingSite(Site):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
+        from torch import nn
+
         return type(module).forward is nn.Embedding.forward
 
     @property
@@ -36,6 +40,9 @@ class EmbeddingSite(Site):
         return weight.mT
 
     def apply(self, delta: Delta, x: Tensor) -> Tensor:
+        from torch import nn
+        from torch.nn import functional as F
+
         module = self._live()
         assert isinstance(module, nn.Embedding)
         if module.max_norm is not None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from typing import TYPE_CHECKING
 
 from ..delta import Delta, LowRank
 from ..hookspecs import hookimpl
 from . import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class LinearSite(Site):
@@ -20,6 +20,8 @@ class LinearSite(Site):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
+        from torch import nn
+
         return type(module).forward is nn.Linear.forward
 
     @property
@@ -37,11 +39,16 @@ class LinearSite(Site):
         return weight
 
     def apply(self, delta: Delta, x: Tensor) -> Tensor:
+        from torch.nn import functional as F
+
         if isinstance(delta, LowRank):
             return delta.scale * F.linear(F.linear(x, delta.A), delta.B)  # (…, in) -> (…, r) -> (…, out)
         return F.linear(x, delta.dense())
 
     def add(self, delta: Delta, x: Tensor, y: Tensor) -> Tensor:
+        import torch
+        from torch.nn import functional as F
+
         if isinstance(delta, LowRank):
             B, A, scale = delta
             if x.dtype == y.dtype == B.dtype:  # one kernel for scaling and adding, and for the product with B too

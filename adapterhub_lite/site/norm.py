@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from typing import TYPE_CHECKING
 
 from ..delta import Delta
 from ..errors import AdapterError, NotMergeable
 from ..hookspecs import hookimpl
 from . import Site
 
-LAST_AXIS = (nn.LayerNorm.forward, nn.RMSNorm.forward)  # where these have the channels
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 OURS = "adapters"  # the submodule of a layer that has been adapted
 
 
@@ -31,6 +31,8 @@ class NormSite(Site):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
+        from torch.nn.modules.batchnorm import _NormBase
+
         own = module._parameters
         weight, bias = own.get("weight"), own.get("bias")
         if weight is None or not own.keys() <= {"weight", "bias"} or isinstance(module, _NormBase):
@@ -46,7 +48,7 @@ class NormSite(Site):
         return self.weight_shape[0], 1
 
     def width(self, end: str) -> int:
-        return self.weight_shape[0] if type(self._live()).forward in LAST_AXIS else super().width(end)
+        return self.weight_shape[0] if _by_last_axis(self._live()) else super().width(end)
 
     def fold(self, matrix: Tensor) -> Tensor:
         return matrix[:, 0]
@@ -63,7 +65,7 @@ class NormSite(Site):
 
     def along(self, vector: Tensor) -> Tensor:
         module = self._live()
-        if type(module).forward in LAST_AXIS:
+        if _by_last_axis(module):
             return vector
         raise AdapterError(
             f"on which axis a {type(module).__name__} has its channels is not known",
@@ -72,13 +74,22 @@ class NormSite(Site):
         )
 
     def add_bias(self, b: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        forward = type(self._live()).forward
-        if forward in LAST_AXIS:
+        from torch import nn
+
+        module = self._live()
+        if _by_last_axis(module):
             return super().add_bias(b, x, y)
-        if forward is nn.GroupNorm.forward:
+        if type(module).forward is nn.GroupNorm.forward:
             return y + b.reshape(-1, *(1 for _ in y.shape[2:])).to(y.dtype)  # (batch, n, …)
         new = b if self.bias is None else self.bias + b
         return y + (self.rerun(x, bias=new) - self.rerun(x)).to(y.dtype)
+
+
+def _by_last_axis(module: nn.Module) -> bool:
+    """Whether the channels are on the last axis, as is known of torch's own."""
+    from torch import nn
+
+    return type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
 
 
 @cache

@@ -14,15 +14,15 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, NotMergeable
 from ..hookspecs import hookimpl
 from . import Site
 from .linear import LinearSite
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 ROWS = 32  # that the rearrangement for AVX512-BF16 takes together
 PACKED = "packing_format_for_cpu"  # bitsandbytes' mark of the other arrangement
@@ -99,12 +99,16 @@ class QuantisedLinearSite(LinearSite):
 
     @property
     def like(self) -> Tensor:
+        import torch
+
         module = self._live()
         dtype = getattr(module, "compute_dtype", None) or _state(module).dtype
         return torch.empty(0, dtype=dtype, device=module.get_parameter("weight").device)
 
     @property
     def weight(self) -> Tensor:
+        import torch
+
         data, state = _kept(self._live())
         packed = data.detach().view(torch.uint8).flatten()  # two codes in each byte
         out, into = state.shape
@@ -132,6 +136,8 @@ class QuantisedLinearSite(LinearSite):
         raise NotMergeable("four bits hold no sum", where=self.name, fix="merge into the full-precision base instead")
 
     def stand_in(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        from torch import nn
+
         out, into = self.shape
         layer = nn.Linear(into, out, bias=bias is not None, device="meta")
         layer.weight = nn.Parameter(weight.float(), requires_grad=False)
@@ -158,6 +164,8 @@ def _kept(module: Any) -> tuple[Tensor, Any]:
 
 def _before_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Keep what a call would rearrange, and put it back before one that gradients are to pass through."""
+    import torch
+
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     state = _state(module)
     if getattr(state, PACKED, False):

@@ -13,8 +13,9 @@ from ..delta import LowRank, Outline
 from ..plan import carrier
 from ..protocol import Method, Params
 from ..seed import generator
+from ..source import factors_told
 from .capability import carries, has_delta, ignores_weight
-from .check import check, require, within
+from .check import CheckSkipped, check, require, within
 from .weights import EXACT
 from .zoo import Cell, cells, described, difference, each_cell, examples, has_example, sibling
 
@@ -53,13 +54,42 @@ def outline_agrees_with_delta(method: Method) -> str:
         told = cell.method.outline(cell.shapes())
         want = got or Outline(None, told.scale, bias is not None)
         require(
-            told == want,
+            told._replace(factors=None) == want,
             f"the outline of a {cell} says {_told(told)}, and the delta has {_told(want)}",
             fix="derive the outline from the same shapes and options",
         )
         if low:
             ranks.add(want.rank)
     return f"ranks {', '.join(map(str, sorted(r for r in ranks if r is not None)))}" if ranks else "not low rank"
+
+
+@check(has_example, has_delta)
+def factors_are_the_delta(method: Method) -> str:
+    """The saved tensors that `outline` names as factors are B and A of the delta: folding reads nothing else."""
+    worst, seen = 0.0, 0
+    for cell in each_cell(method):
+        outline = cell.method.outline(cell.shapes())
+        names = factors_told(cell.method, outline)
+        if names is None:
+            continue
+        saved = cell.method.pack(cell.own)
+        for name in names:
+            require(name in saved, f"no tensor {name!r} is saved of a {cell}", fix="name tensors that pack() gives")
+        B, A = (saved[name].detach().flatten(1) for name in names)
+        want = cell.delta().dense()
+        fits = (len(B), A.shape[1]) == want.shape and B.shape[1] == len(A)
+        require(
+            fits,
+            f"of a {cell}, {names[0]} {tuple(B.shape)} and {names[1]} {tuple(A.shape)} are no factors of ΔW "
+            f"{tuple(want.shape)}",
+            fix="name B (out, r) first, and then A (r, in)",
+        )
+        off = difference(outline.scale * (B @ A), want)
+        within(off, EXACT, f"scale · B A is another ΔW of a {cell}", fix="name no factors, or those of delta()")
+        worst, seen = max(worst, off), seen + 1
+    if not seen:
+        raise CheckSkipped("declares no factors in its outline()")
+    return f"max |diff| {worst:.1e}"
 
 
 @check(has_example, carries)
@@ -144,4 +174,10 @@ def _told(outline: Outline) -> str:
     return f"{rank}, scale {outline.scale:g}, {'a' if outline.bias else 'no'} bias"
 
 
-CHECKS = (delta_needs_no_module, outline_agrees_with_delta, carries_low_rank, arithmetic_is_linear)
+CHECKS = (
+    delta_needs_no_module,
+    outline_agrees_with_delta,
+    factors_are_the_delta,
+    carries_low_rank,
+    arithmetic_is_linear,
+)

@@ -589,6 +589,28 @@ class WrongOutline(Sound):
         return super().outline(shapes)._replace(rank=max(1, shapes["A"][0] // 2))
 
 
+@trips("factors_are_the_delta")
+class OtherFactors(Sound):
+    """Names A first."""
+
+    def outline(self, shapes: Mapping[str, tuple[int, ...]]) -> Outline:
+        return super().outline(shapes)._replace(factors=("A", "B"))
+
+
+@trips("factors_are_the_delta", "save_and_load")
+class FlippedFactors(Sound):
+    """Saves the rows of A in another order than those of B, where others would read a LoRA."""
+
+    def pack(self, p: Params) -> Mapping[str, Tensor]:
+        return {**p, "A": p["A"].flip(0)}
+
+    def unpack(self, saved: Params, site: Site) -> Mapping[str, Tensor]:
+        return {**saved, "A": saved["A"].flip(0)}
+
+    def outline(self, shapes: Mapping[str, tuple[int, ...]]) -> Outline:
+        return super().outline(shapes)
+
+
 @trips("carries_low_rank")
 class SavesHalf(Sound):
     """Saves in float16."""

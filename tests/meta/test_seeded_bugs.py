@@ -12,6 +12,7 @@ from adapterhub_lite.testing.check import run
 DELTA = {
     "delta_needs_no_module",
     "outline_agrees_with_delta",
+    "factors_are_the_delta",
     "carries_low_rank",
     "arithmetic_is_linear",
     "save_and_load",
@@ -28,7 +29,7 @@ CONTROLS = {
     Sound: SHARED | BEFORE | STEPS | REFUSES | ROWS,
     Scaling: SHARED | BEFORE | STEPS | PACK | DELTA | REFUSES | ROWS,
     Gating: SHARED | STEPS | PACK | DELTA | REFUSES | ROWS,
-    Projected: BEFORE | STEPS | {"carries_low_rank"} | REFUSES | ROWS,
+    Projected: BEFORE | STEPS | {"carries_low_rank", "factors_are_the_delta"} | REFUSES | ROWS,
     Stepping: SHARED | BEFORE | PACK | REFUSES | ROWS,
 }
 

@@ -175,7 +175,7 @@ class LoRA(Method):
         return LowRank(B, A, self.scaling)
 
     def outline(self, shapes: Mapping[str, tuple[int, ...]]) -> Outline:
-        return Outline(shapes["A"][0], self.scaling, "bias" in shapes)
+        return Outline(shapes["A"][0], self.scaling, "bias" in shapes, ("B", "A"))
 
     def delta_bias(self, p: Params, site: Site) -> Tensor | None:
         return self.scaling * p["bias"] if "bias" in p else None  # (out,): it stands behind B, so s scales it too

@@ -1,0 +1,168 @@
+"""A file's numbers in numpy: as they are stored, as float64, and back, rounded once. Torch is only for rare types.
+
+numpy has no bfloat16, so one is held as the 16-bit integer that stands in the file: the upper half of a float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from ..checkpoint import ITEMSIZE, TensorInfo, check_finite, torch_dtype
+from ..checkpoint import is_finite as all_finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+Memory = Callable[[str, Sequence[int], "np.dtype[Any] | type"], Array]
+
+TYPES: Mapping[str, type[np.generic]] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_INFINITE = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}  # the bits of it
+_WHOLE: Mapping[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_HALF, _NAN = 0x8000, 0x7FC0  # what a bfloat16 lacks of a float32, if it is halfway to the next one; a bfloat16
+
+
+class Scratch:
+    """Memory that is used again: what the system gives, and takes back, costs more than to compute in it.
+
+    Arrays by what they are for. One is valid until the next is asked for, for the same; of one thread only.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, np.dtype[Any]], Array] = {}
+
+    def __call__(self, purpose: str, shape: Sequence[int], dtype: np.dtype[Any] | type) -> Array:
+        """Of that shape; its values are any."""
+        key, numel = (purpose, np.dtype(dtype)), math.prod(shape)
+        held = self._held.get(key)
+        if held is None or len(held) < numel:
+            held = self._held[key] = np.empty(numel, dtype)
+        return held[:numel].reshape(shape)
+
+
+def fresh(_: str, shape: Sequence[int], dtype: np.dtype[Any] | type) -> Array:
+    """The same, of memory that nothing else is in, nor will be."""
+    return np.empty(shape, dtype)
+
+
+def stored_type(dtype: str) -> type[np.generic]:
+    """What a safetensors dtype is held in."""
+    return TYPES.get(dtype) or _WHOLE[ITEMSIZE[dtype]]
+
+
+def bytes_of(values: Array) -> memoryview:
+    """Of an array without gaps, to be read or written over."""
+    return values.reshape(-1).view(np.uint8).data
+
+
+def bits_of(values: Array) -> Array:
+    """The bits, as integers."""
+    return values.view(_WHOLE[values.itemsize])
+
+
+def stored(info: TensorInfo) -> Array:
+    """A tensor of a file, as it is stored."""
+    values = np.empty(info.shape, stored_type(info.dtype))
+    if info.nbytes:
+        info.read_into(bytes_of(values))
+    return values
+
+
+def read(info: TensorInfo) -> Array:
+    """The same; `FileError` that names it if it has a NaN or an infinity."""
+    values = stored(info)
+    if not is_finite(values, info.dtype):
+        check_finite(info.read(), info)
+    return values
+
+
+def is_finite(values: Array, dtype: str, memory: Memory = fresh) -> bool:
+    """Whether no value of that dtype is NaN or infinite."""
+    if dtype not in TYPES:
+        return all_finite(_tensor(values, dtype))
+    bits = bits_of(values)
+    unsigned = bits.dtype.type((1 << 8 * bits.itemsize - 1) - 1)  # all but the sign
+    magnitudes = np.bitwise_and(bits, unsigned, out=memory("magnitudes", bits.shape, bits.dtype))
+    return not bits.size or bool(magnitudes.max() < _INFINITE[dtype])
+
+
+def float64(values: Array, dtype: str, memory: Memory = fresh) -> Array:
+    """The same numbers, exactly."""
+    found = memory("float64", values.shape, np.float64)
+    if dtype == "BF16":
+        bits = memory("bits", values.shape, np.uint32)
+        np.copyto(bits, values)
+        values = np.left_shift(bits, 16, out=bits).view(np.float32)
+    elif dtype not in TYPES:
+        values = _tensor(values, dtype).double().numpy()
+    np.copyto(found, values)
+    return found
+
+
+def nearest(x: Array, dtype: str, memory: Memory = fresh) -> Array:
+    """float64s as that dtype stores them, correctly rounded, ties to even.
+
+    >>> x = np.array([1 + 2**-8 + 2**-40])  # a little above the middle of 1 and 1.0078125
+    >>> float64(nearest(x, "BF16"), "BF16").item()
+    1.0078125
+    """
+    if dtype not in TYPES:
+        from torch import from_numpy
+
+        from .. import rounding
+
+        return of_tensor(rounding.nearest(from_numpy(x), torch_dtype(dtype)))
+    found = memory("rounded", x.shape, TYPES[dtype])
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype == "BF16":
+            return _bfloat16(x, found, memory)
+        np.copyto(found, x, casting="same_kind")  # in one step, to float16 too
+    return found
+
+
+def _bfloat16(x: Array, found: Array, memory: Memory) -> Array:
+    """By way of float32, and those that it puts halfway, one of 65,000, once more from float64."""
+    by_way = memory("float32", x.shape, np.float32)
+    np.copyto(by_way, x, casting="same_kind")
+    lacking = memory("bits", x.shape, np.uint32)
+    np.left_shift(bits_of(by_way), 16, out=lacking)
+    halfway = lacking == _HALF << 16 if x.size and lacking.view(np.int32).min() == -(1 << 31) else None
+    nan = np.isnan(by_way) if x.size and math.isnan(by_way.max()) else None  # adding to one may wrap around
+    bits = np.add(bits_of(by_way), _HALF, out=lacking)
+    np.copyto(found, np.right_shift(bits, 16, out=bits), casting="unsafe")
+    if halfway is not None:
+        odd = _to_odd(x[halfway])
+        found[halfway] = (odd + (_HALF - 1) + (odd >> 16 & 1)) >> 16  # ties to even
+    if nan is not None:
+        found[nan] = _NAN
+    return found
+
+
+def _to_odd(x: Array) -> Array:
+    """The bits of float32s that round to bfloat16 as these float64s do (but to its subnormals, below 1e-38).
+
+    Of the 29 bits that float32 lacks, the lowest bit that is kept is to say whether any was set.
+    """
+    bits, lacking = x.view(np.uint64), np.uint64((1 << 29) - 1)
+    odd = ((bits & lacking) + lacking | bits) & ~lacking
+    return bits_of(odd.view(np.float64).astype(np.float32))
+
+
+def of_tensor(tensor: Tensor) -> Array:
+    """A tensor's values as a file stores them."""
+    import torch
+
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    dtype = {torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16}.get(tensor.dtype)
+    return flat.view(dtype or _WHOLE[tensor.dtype.itemsize]).reshape(tensor.shape)
+
+
+def _tensor(values: Array, dtype: str) -> Tensor:
+    import torch
+
+    flat = torch.from_numpy(values.reshape(-1).view(np.uint8))
+    return flat.view(torch_dtype(dtype)).reshape(values.shape)
