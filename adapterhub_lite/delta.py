@@ -84,7 +84,7 @@ class Outline(NamedTuple):
     scale: float = 1.0
     bias: bool = False  # whether the bias changes too
     factors: tuple[str, str] | None = None
-    """The saved tensors that are B and A, if those two are all that the delta is made of: who reads them needs no torch.
+    """The saved tensors that are B and A, if those two are all that the delta is made of.
 
-    Axes behind the first are flattened.
+    Axes behind the first are flattened. Who reads a file needs no torch then.
     """
