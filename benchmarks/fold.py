@@ -20,16 +20,17 @@ YARDSTICK = "import torch, then cp -r"
 
 
 def commands(adapter: list[str], base: Path, own: Path, out: Path, peft: bool) -> list[timing.Command]:
-    """Importing torch and copying the base, then the fold, then PEFT's; each writes over its former result."""
-    copy = f"import torch, subprocess as s; s.run(['cp', '-rT', {str(base)!r}, {str(out / 'copy')!r}], check=True)"
-    fold = [*adapter, "merge", str(own), "--into", str(base), "-o", str(out / "folded"), "--force"]
+    """Importing torch and copying the base, then the fold, then PEFT's; each writes a new folder."""
+    copied, folded, theirs = out / "copy", out / "folded", out / "peft"
+    copy = f"import torch, subprocess as s; s.run(['cp', '-r', {str(base)!r}, {str(copied)!r}], check=True)"
+    fold = [*adapter, "merge", str(own), "--into", str(base), "-o", str(folded)]
     found = [
-        timing.Command(YARDSTICK, [sys.executable, "-c", copy]),
-        timing.Command("adapter merge --into", fold),
+        timing.Command(YARDSTICK, [sys.executable, "-c", copy], writes=copied),
+        timing.Command("adapter merge --into", fold, writes=folded),
     ]
     if peft:
-        script = [sys.executable, str(Path(__file__).with_name("peft_fold.py")), str(base), str(own), str(out / "peft")]
-        found.append(timing.Command("PEFT", script, rounds=3))
+        script = [sys.executable, str(Path(__file__).with_name("peft_fold.py")), str(base), str(own), str(theirs)]
+        found.append(timing.Command("PEFT", script, rounds=3, writes=theirs))
     return found
 
 

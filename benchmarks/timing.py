@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 MIB = 1 << 20
 
@@ -35,6 +37,7 @@ class Command:
     warmup: bool = True
     limit: float | None = None  # seconds, then it is killed
     env: Mapping[str, str] = field(default_factory=dict)
+    writes: Path | None = None  # a folder that is removed before each run, which is not timed
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ def measure(commands: Sequence[Command], rounds: int) -> dict[str, list[Sample]]
 
     def once(command: Command, label: str) -> Sample:
         progress(f"{label}: {command.name}")
+        if command.writes is not None:
+            shutil.rmtree(command.writes, ignore_errors=True)
         return run(command)
 
     for command in commands:

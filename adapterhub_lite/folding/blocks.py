@@ -21,8 +21,8 @@ from .places import Layer, gives_delta, no_bias
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK = 1 << 19  # numbers of a weight in work at once: the random numbers of stochastic rounding depend on it too
-STRIP = 1 << 16  # of these, what is computed together: it fits the processor's cache
+BLOCK = 1 << 20  # numbers of a weight in work at once: the random numbers of stochastic rounding depend on it too
+STRIP = 1 << 18  # of these, what is computed together: more, and it leaves the cache; less, and Python takes its time
 MEASURED = 1 << 15  # of a block, the first
 
 
@@ -121,19 +121,20 @@ class Change:
         some = -(-MEASURED // max(rows.shape[1], 1))
         kept: list[Kept] = []
         db = None if self.db is None or not span.outputs else self.db[span.start : span.stop]
-        for strip in self._strips(rows):
-            W = numbers.float64(rows[strip], dtype, memory)
-            old = W[:some].copy() if not kept else None
-            if self.merges:
-                W, db = self._merged(W, span, db)
-            else:
-                self._add(W, span.start + strip.start, memory)
-            merged = rounded(W, dtype, memory)
-            if not numbers.is_finite(merged, dtype, memory):
-                self._refuse(rows[strip])
-            if old is not None:
-                kept.append(_kept(old, W[:some], numbers.float64(merged[:some], dtype)))
-            rows[strip] = merged
+        with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is refused below
+            for strip in self._strips(rows):
+                W = numbers.float64(rows[strip], dtype, memory)
+                old = W[:some].copy() if not kept else None
+                if self.merges:
+                    W, db = self._merged(W, span, db)
+                else:
+                    self._add(W, span.start + strip.start, memory)
+                merged = rounded(W, dtype, memory)
+                if old is not None:
+                    kept.append(_kept(old, W[:some], numbers.float64(merged[:some], dtype)))
+                rows[strip] = merged
+        if not numbers.is_finite(rows, dtype, memory):
+            self._refuse()
         return stored, db, kept[0]
 
     def bias(self, stored: Array, db: Array, rounding: Rounding) -> Array:
@@ -197,10 +198,9 @@ class Change:
                 db = change_b if db is None else db + change_b
         return narrow.fold(new).contiguous().numpy().reshape(W.shape), db
 
-    def _refuse(self, stored: Array) -> None:
+    def _refuse(self) -> None:
         info = self.layer.weight
-        if not numbers.is_finite(stored, info.dtype):
-            check_finite(info.read(), info, fix="download the model again")
+        check_finite(info.read(), info, fix="download the model again")
         raise NotMergeable(
             f"the merged weight of {self.layer.name!r} does not fit {info.dtype}",
             fix="look for a weight or an alpha that is too large",

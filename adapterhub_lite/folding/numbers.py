@@ -23,7 +23,8 @@ Memory = Callable[[str, Sequence[int], "np.dtype[Any] | type"], Array]
 TYPES: Mapping[str, type[np.generic]] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _INFINITE = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}  # the bits of it
 _WHOLE: Mapping[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_HALF, _NAN = 0x8000, 0x7FC0  # what a bfloat16 lacks of a float32, if it is halfway to the next one; a bfloat16
+_HALF = 0x8000  # of the last bit of a bfloat16, in a float32
+_NAN = 0x7FC0  # as a bfloat16
 
 
 class Scratch:
@@ -125,31 +126,22 @@ def nearest(x: Array, dtype: str, memory: Memory = fresh) -> Array:
 
 
 def _bfloat16(x: Array, found: Array, memory: Memory) -> Array:
-    """By way of float32, and those that it puts halfway, one of 65,000, once more from float64."""
+    """By way of float32: one of 65,000 is then halfway between two bfloat16s, and x tells on which side it was."""
     by_way = memory("float32", x.shape, np.float32)
     np.copyto(by_way, x, casting="same_kind")
-    lacking = memory("bits", x.shape, np.uint32)
-    np.left_shift(bits_of(by_way), 16, out=lacking)
-    halfway = lacking == _HALF << 16 if x.size and lacking.view(np.int32).min() == -(1 << 31) else None
-    nan = np.isnan(by_way) if x.size and math.isnan(by_way.max()) else None  # adding to one may wrap around
-    bits = np.add(bits_of(by_way), _HALF, out=lacking)
-    np.copyto(found, np.right_shift(bits, 16, out=bits), casting="unsafe")
-    if halfway is not None:
-        odd = _to_odd(x[halfway])
-        found[halfway] = (odd + (_HALF - 1) + (odd >> 16 & 1)) >> 16  # ties to even
-    if nan is not None:
-        found[nan] = _NAN
+    spare = memory("bits", x.shape, np.uint32)
+    np.left_shift(bits_of(by_way), 16, out=spare)  # the 16 bits that a bfloat16 lacks
+    halfway = np.flatnonzero(spare == _HALF << 16)
+    np.right_shift(np.add(bits_of(by_way), _HALF, out=spare), 16, out=spare)  # halfway, away from zero
+    np.copyto(found, spare, casting="unsafe")
+    if len(halfway):
+        middle, flat = by_way.reshape(-1)[halfway], found.reshape(-1)
+        beyond = (x.reshape(-1)[halfway] - middle) * middle  # seen from zero
+        up = flat[halfway]
+        flat[halfway] = up - ((beyond < 0) | ((beyond == 0) & (up & 1 == 1)))
+    if x.size and math.isnan(by_way.max()):  # adding to its bits may have made it a number
+        found[np.isnan(by_way)] = _NAN
     return found
-
-
-def _to_odd(x: Array) -> Array:
-    """The bits of float32s that round to bfloat16 as these float64s do (but to its subnormals, below 1e-38).
-
-    Of the 29 bits that float32 lacks, the lowest bit that is kept is to say whether any was set.
-    """
-    bits, lacking = x.view(np.uint64), np.uint64((1 << 29) - 1)
-    odd = ((bits & lacking) + lacking | bits) & ~lacking
-    return bits_of(odd.view(np.float64).astype(np.float32))
 
 
 def of_tensor(tensor: Tensor) -> Array:
