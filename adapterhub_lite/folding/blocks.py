@@ -48,7 +48,7 @@ class Kept(NamedTuple):
         return cls(sum(numbers), sum(unchanged), math.fsum(along), math.fsum(intended))
 
 
-Round = Callable[[Array, str, Memory], Array]
+Round = Callable[[Array, str, Array, "Array | None", Memory], bool]
 
 
 class Rounding(NamedTuple):
@@ -57,7 +57,7 @@ class Rounding(NamedTuple):
     seed: int | None = None
 
     def of(self, name: str, span: Span) -> Round:
-        """How the float64s of a span are rounded to a dtype, from the first to the last."""
+        """How the numbers of a span are rounded, from the first to the last: as `numbers.nearest` does."""
         if self.seed is None:
             return numbers.nearest
         from torch import from_numpy
@@ -67,8 +67,10 @@ class Rounding(NamedTuple):
 
         rng = generator(self.seed, f"{name}:{span.start}")
 
-        def at_random(x: Array, dtype: str, _: Memory) -> Array:
-            return numbers.of_tensor(rounding.stochastic(from_numpy(x), torch_dtype(dtype), rng))
+        def at_random(out: Array, dtype: str, x: Array, plus: Array | None, memory: Memory) -> bool:
+            total = from_numpy(numbers.summed(x, plus, memory))
+            out[...] = numbers.of_tensor(rounding.stochastic(total, torch_dtype(dtype), rng))
+            return numbers.is_finite(out, dtype, memory)
 
         return at_random
 
@@ -119,31 +121,30 @@ class Change:
         dtype, rows = self.layer.weight.dtype, _matrix(stored)
         rounded = rounding.of(self.layer.weight.name, span)
         some = -(-MEASURED // max(rows.shape[1], 1))
-        kept: list[Kept] = []
+        kept: Kept | None = None
         db = None if self.db is None or not span.outputs else self.db[span.start : span.stop]
-        with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is refused below
+        with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is refused
             for strip in self._strips(rows):
-                W = numbers.float64(rows[strip], dtype, memory)
-                old = W[:some].copy() if not kept else None
+                part, plus = rows[strip], None
+                old = numbers.float64(part[:some], dtype) if kept is None else None
                 if self.merges:
-                    W, db = self._merged(W, span, db)
+                    x, db = self._merged(part, span, db)
                 else:
-                    self._add(W, span.start + strip.start, memory)
-                merged = rounded(W, dtype, memory)
-                if old is not None:
-                    kept.append(_kept(old, W[:some], numbers.float64(merged[:some], dtype)))
-                rows[strip] = merged
-        if not numbers.is_finite(rows, dtype, memory):
-            self._refuse()
-        return stored, db, kept[0]
+                    x, plus = numbers.exact(part, dtype, memory), self._delta(part, span.start + strip.start, memory)
+                new = None if old is None else x[:some] if plus is None else old + plus[:some]
+                if not rounded(part, dtype, x, plus, memory):
+                    self._refuse()
+                if old is not None and new is not None:
+                    kept = _kept(old, new, numbers.float64(part[:some], dtype))
+        assert kept is not None
+        return stored, db, kept
 
     def bias(self, stored: Array, db: Array, rounding: Rounding) -> Array:
         """The merged bias (out,), as it is stored."""
         info = self.layer.bias
         assert info is not None
-        rounded = rounding.of(info.name, Span(0, len(stored), True))
-        merged = rounded(numbers.float64(stored, info.dtype) + db, info.dtype, fresh)
-        if not numbers.is_finite(merged, info.dtype):
+        rounded, merged = rounding.of(info.name, Span(0, len(stored), True)), np.empty_like(stored)
+        if not rounded(merged, info.dtype, numbers.exact(stored, info.dtype), db, fresh):
             check_finite(info.read(), info, fix="download the model again")
             raise NotMergeable(
                 f"the merged bias of {self.layer.name!r} does not fit {info.dtype}",
@@ -160,23 +161,28 @@ class Change:
         step = len(rows) if self.merges else max(1, STRIP // max(rows.shape[1], 1))
         return (slice(at, at + step) for at in range(0, max(len(rows), 1), max(step, 1)))
 
-    def _add(self, W: Array, start: int, memory: Memory) -> None:
-        """The deltas, to some rows of the weight as it is stored."""
-        here = slice(start, start + len(W))
+    def _delta(self, part: Array, start: int, memory: Memory) -> Array:
+        """ΔW of some rows of the weight as it is stored."""
+        here = slice(start, start + len(part))
+        found: Array | None = None
         if self.B is not None and self.A is not None:
             left, right = (self.A.T, self.B.T) if self.site.by_inputs else (self.B, self.A)
-            W += np.matmul(left[here], right, out=memory("product", W.shape, np.float64))
+            found = np.matmul(left[here], right, out=memory("delta", part.shape, np.float64))
         for dense in self.others:
-            W += (dense.T if self.site.by_inputs else dense)[here]
+            other = (dense.T if self.site.by_inputs else dense)[here]
+            found = other if found is None else found + other
+        assert found is not None
+        return found
 
-    def _merged(self, W: Array, span: Span, db: Array | None) -> tuple[Array, Array | None]:
-        """All of a span as it is stored, with the methods' own merges, and Δb."""
+    def _merged(self, part: Array, span: Span, db: Array | None) -> tuple[Array, Array | None]:
+        """All of a span as it is stored, with the methods' own merges, in float64; and Δb."""
         from torch import from_numpy
 
         threads.one()
         here = slice(span.start, span.stop)
         narrow = self.site.narrow(span.stop - span.start)
-        before: Tensor = narrow.unfold(from_numpy(W).reshape(narrow.weight_shape))  # (out, in)
+        W = from_numpy(numbers.float64(part, self.layer.weight.dtype))
+        before: Tensor = narrow.unfold(W.reshape(narrow.weight_shape))  # (out, in)
         b = None if self.b is None else from_numpy(self.b[here])
         new = before
         if self.B is not None and self.A is not None:
@@ -196,7 +202,7 @@ class Change:
                     raise no_bias(self.layer)
                 change_b = weight * (b_i - b).numpy()
                 db = change_b if db is None else db + change_b
-        return narrow.fold(new).contiguous().numpy().reshape(W.shape), db
+        return narrow.fold(new).contiguous().numpy().reshape(part.shape), db
 
     def _refuse(self) -> None:
         info = self.layer.weight

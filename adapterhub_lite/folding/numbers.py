@@ -24,7 +24,7 @@ TYPES: Mapping[str, type[np.generic]] = {"F64": np.float64, "F32": np.float32, "
 _INFINITE = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}  # the bits of it
 _WHOLE: Mapping[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _HALF = 0x8000  # of the last bit of a bfloat16, in a float32
-_NAN = 0x7FC0  # as a bfloat16
+_TOO_LARGE = (2 - 2**-8) * 2.0**127  # from here on, a bfloat16 is infinite
 
 
 class Scratch:
@@ -91,57 +91,75 @@ def is_finite(values: Array, dtype: str, memory: Memory = fresh) -> bool:
     return not bits.size or bool(magnitudes.max() < _INFINITE[dtype])
 
 
-def float64(values: Array, dtype: str, memory: Memory = fresh) -> Array:
-    """The same numbers, exactly."""
-    found = memory("float64", values.shape, np.float64)
+def exact(values: Array, dtype: str, memory: Memory = fresh) -> Array:
+    """The same numbers in a type that numpy computes with."""
     if dtype == "BF16":
-        bits = memory("bits", values.shape, np.uint32)
+        bits = memory("exact", values.shape, np.uint32)
         np.copyto(bits, values)
-        values = np.left_shift(bits, 16, out=bits).view(np.float32)
-    elif dtype not in TYPES:
-        values = _tensor(values, dtype).double().numpy()
-    np.copyto(found, values)
+        return np.left_shift(bits, 16, out=bits).view(np.float32)
+    return values if dtype in TYPES else _tensor(values, dtype).double().numpy()
+
+
+def float64(values: Array, dtype: str, memory: Memory = fresh) -> Array:
+    """The same numbers as float64s of their own."""
+    found = memory("float64", values.shape, np.float64)
+    np.copyto(found, exact(values, dtype, memory))
     return found
 
 
-def nearest(x: Array, dtype: str, memory: Memory = fresh) -> Array:
-    """float64s as that dtype stores them, correctly rounded, ties to even.
+def nearest(out: Array, dtype: str, x: Array, plus: Array | None = None, memory: Memory = fresh) -> bool:
+    """Fill `out` with x, or the sum of both in float64, as `dtype` is stored: correctly rounded, ties to even.
 
-    >>> x = np.array([1 + 2**-8 + 2**-40])  # a little above the middle of 1 and 1.0078125
-    >>> float64(nearest(x, "BF16"), "BF16").item()
+    Whether all are finite: if not, what is in `out` is of no use. It has no gaps, and may be x.
+
+    >>> out = np.empty(1, np.uint16)
+    >>> nearest(out, "BF16", np.array([1 + 2**-8 + 2**-40]))  # a little above the middle of 1 and 1.0078125
+    True
+    >>> exact(out, "BF16").item()
     1.0078125
     """
-    if dtype not in TYPES:
-        from torch import from_numpy
-
-        from .. import rounding
-
-        return of_tensor(rounding.nearest(from_numpy(x), torch_dtype(dtype)))
-    found = memory("rounded", x.shape, TYPES[dtype])
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype == "BF16":
-            return _bfloat16(x, found, memory)
-        np.copyto(found, x, casting="same_kind")  # in one step, to float16 too
+            return _bfloat16(out, x, plus, memory)
+        total = summed(x, plus, memory)
+        if dtype in TYPES:
+            np.copyto(out, total, casting="same_kind")  # in one step, to float16 too
+        else:
+            from torch import from_numpy
+
+            from .. import rounding
+
+            out[...] = of_tensor(rounding.nearest(from_numpy(total), torch_dtype(dtype)))
+    return is_finite(out, dtype, memory)
+
+
+def summed(x: Array, plus: Array | None, memory: Memory = fresh) -> Array:
+    """The sum in float64."""
+    found = memory("float64", x.shape, np.float64)
+    np.copyto(found, x) if plus is None else np.add(x, plus, out=found, dtype=np.float64)
     return found
 
 
-def _bfloat16(x: Array, found: Array, memory: Memory) -> Array:
-    """By way of float32: one of 65,000 is then halfway between two bfloat16s, and x tells on which side it was."""
+def _bfloat16(out: Array, x: Array, plus: Array | None, memory: Memory) -> bool:
+    """By way of float32: one of 65,000 is halfway between two bfloat16s then, and float64 tells on which side."""
     by_way = memory("float32", x.shape, np.float32)
-    np.copyto(by_way, x, casting="same_kind")
-    spare = memory("bits", x.shape, np.uint32)
-    np.left_shift(bits_of(by_way), 16, out=spare)  # the 16 bits that a bfloat16 lacks
-    halfway = np.flatnonzero(spare == _HALF << 16)
-    np.right_shift(np.add(bits_of(by_way), _HALF, out=spare), 16, out=spare)  # halfway, away from zero
-    np.copyto(found, spare, casting="unsafe")
+    if plus is None:
+        np.copyto(by_way, x, casting="same_kind")
+    else:
+        np.add(x, plus, out=by_way, dtype=np.float64, casting="same_kind")
+    bits = memory("bits", x.shape, np.uint32)
+    np.left_shift(bits_of(by_way), 16, out=bits)  # those that a bfloat16 lacks
+    halfway = np.flatnonzero(bits == _HALF << 16)
+    np.right_shift(np.add(bits_of(by_way), _HALF, out=bits), 16, out=bits)  # what is halfway goes away from zero
+    np.copyto(out, bits, casting="unsafe")
     if len(halfway):
-        middle, flat = by_way.reshape(-1)[halfway], found.reshape(-1)
-        beyond = (x.reshape(-1)[halfway] - middle) * middle  # seen from zero
-        up = flat[halfway]
+        told, flat = x.reshape(-1)[halfway].astype(np.float64), out.reshape(-1)
+        if plus is not None:
+            told += plus.reshape(-1)[halfway]
+        middle, up = by_way.reshape(-1)[halfway], flat[halfway]
+        beyond = (told - middle) * middle  # seen from zero
         flat[halfway] = up - ((beyond < 0) | ((beyond == 0) & (up & 1 == 1)))
-    if x.size and math.isnan(by_way.max()):  # adding to its bits may have made it a number
-        found[np.isnan(by_way)] = _NAN
-    return found
+    return not by_way.size or bool(by_way.min() > -_TOO_LARGE and by_way.max() < _TOO_LARGE)  # NaN is neither
 
 
 def of_tensor(tensor: Tensor) -> Array:

@@ -240,6 +240,8 @@ def _put_whole(whole: Whole, job: Job, handle: int) -> None:
 
 def pieces(whole: Whole, rounding: Rounding) -> Iterator[tuple[int, Array]]:
     """A value that an adapter brings along, in the base's dtype, and where it goes: a head can have a gigabyte."""
+    import numpy as np
+
     from . import numbers
     from .blocks import BLOCK, Span
 
@@ -251,9 +253,9 @@ def pieces(whole: Whole, rounding: Rounding) -> Iterator[tuple[int, Array]]:
         at, size = new.start + i * row * ITEMSIZE[new.dtype], n * row * ITEMSIZE[new.dtype]
         part = numbers.read(replace(new, shape=(n * row,), start=at, stop=at + size))
         if old.dtype != new.dtype:
-            rounded = rounding.of(old.name, Span(i, i + n, True))
-            part = rounded(numbers.float64(part, new.dtype), old.dtype, numbers.fresh)
-            if not numbers.is_finite(part, old.dtype):
+            rounded, value = rounding.of(old.name, Span(i, i + n, True)), numbers.exact(part, new.dtype)
+            part = np.empty(part.shape, numbers.stored_type(old.dtype))
+            if not rounded(part, old.dtype, value, None, numbers.fresh):
                 raise NotMergeable(
                     f"the trained value of {old.name!r} does not fit {old.dtype}", fix="pass --keep none"
                 )
