@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, NamedTuple
 from .checkpoint import ITEMSIZE
 from .combine import Truncated
 from .plan import Plan
+from .source import Single
 
 if TYPE_CHECKING:
     from .folding import Plan as FoldPlan
     from .source import Source
 
-START = 2.0  # seconds until torch is imported
+START, QUICK = 2.0, 0.2  # seconds until torch is imported; without it
 SPEED = 2e9  # float64 operations a second and core, those of small factorisations among them
-DISK = 2e8  # bytes a second
-TORCH = 250_000_000  # bytes that torch itself takes
+DISK = 5e8  # bytes a second
+TORCH, NUMPY = 250_000_000, 50_000_000  # bytes that these themselves take
 ITEM = 8  # bytes of a float64
-MOST_THREADS, IN_WORK = 8, 30_000_000  # of a fold: threads, and bytes that each has in work
+MOST_THREADS, IN_WORK = 8, 15_000_000  # of a fold: threads, and bytes that each has in work
 
 
 class Estimate(NamedTuple):
@@ -27,7 +28,7 @@ class Estimate(NamedTuple):
 
     seconds: float
     nbytes: int
-    """Memory at its peak, torch included."""
+    """Memory at its peak, libraries included."""
 
     def plain(self) -> dict[str, float]:
         """JSON-able."""
@@ -55,18 +56,22 @@ def estimate(planned: Plan) -> Estimate:
 def estimate_fold(planned: FoldPlan) -> Estimate:
     """Of folding adapters into a base's files: all of it is read and written, what is touched is computed in blocks."""
     workers = min(os.cpu_count() or 1, MOST_THREADS)
-    work, largest = 0.0, 0
+    work, largest, light = 0.0, 0, True
     for layer in planned.layers.values():
         out_into = math.prod(layer.weight.shape)
         for part in layer.parts:
             source = planned.terms[part.term][1]
-            rank = source.extent(part.site).rank
-            work += out_into * (12 + 0.5 * rank)
+            if isinstance(source, Single) and source.factors(part.site) is not None:
+                work += out_into * (3 + 0.1 * source.extent(part.site).rank)
+                continue
+            light = False
+            work += out_into * (12 + 0.5 * source.extent(part.site).rank)
             if source.written_out:
                 own_work, own = _of_site(source, part.site, None)
                 work, largest = work + own_work, max(largest, own)
     moved = 2 * planned.model.nbytes / DISK
-    return Estimate(START + moved + work / SPEED / workers, TORCH + workers * (IN_WORK + largest))
+    start, library = (QUICK, NUMPY) if light else (START, TORCH)
+    return Estimate(start + moved + work / SPEED / workers, library + workers * (IN_WORK + largest))
 
 
 def _of_site(source: Source, name: str, kept: int | None) -> tuple[float, int]:

@@ -141,6 +141,7 @@ class _Run:
             digests[shard.name] = done.sha256
             kept.update(own)
 
+        todo.sort(key=lambda shard: -shard.checkpoint.path.stat().st_size)  # or the last one may be the longest
         self._in_process(todo, finish) if executor is None else self._elsewhere(todo, finish, executor)
         return self.plan.result(digests, kept, self.seed)
 

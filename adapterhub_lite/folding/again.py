@@ -70,7 +70,7 @@ class Compared:
         sites = {name: site_for(layer, self.plan.sources) for name, layer in self.plan.layers.items()}
         terms = settled_all(self.plan, sites)
         with threads.torch_left_alone(), threads.one_each():  # as in folding: sums are added up in its order
-            pool = ThreadPoolExecutor(threads.available())
+            pool = ThreadPoolExecutor(threads.available(), initializer=threads.one_each)
             try:
                 for layer in self.plan.layers.values():
                     self._layer(layer, sites[layer.name], terms, pool)

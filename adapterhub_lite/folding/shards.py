@@ -160,6 +160,7 @@ class _Folding:
     def _begin(self) -> None:
         from .numbers import Scratch
 
+        threads.one_each()
         self.own.memory = Scratch()
 
     def _one(self, change: Change, span: Span) -> _Piece:

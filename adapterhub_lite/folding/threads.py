@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 
@@ -14,36 +14,27 @@ def available() -> int:
     """As many as torch uses, or would if it were imported."""
     if (torch := sys.modules.get("torch")) is not None:
         return int(torch.get_num_threads())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if asked.isdecimal() and int(asked):
-        return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(int(asked), cores) if asked.isdecimal() and int(asked) else cores
 
 
-_lock = threading.Lock()
-_inside = 0
-_limits: Any = None
+def one_each() -> AbstractContextManager[Any]:
+    """Within it, what numpy multiplies takes one thread: else ours would wait for each other's products.
+
+    Some of the libraries that numpy may have are told for the whole process, by one thread at a time; others for the
+    thread that says so. So who makes threads enters it, and each of them enters it once more, or calls this.
+    """
+    limit: AbstractContextManager[Any] = _libraries().limit(limits=1)
+    return limit
 
 
-@contextmanager
-def one_each() -> Iterator[None]:
-    """Inside, a product in numpy takes one thread. Several of this process may be inside at once."""
-    # Else each of our threads would wait for the others' products, and the bits would depend on how many there are.
-    global _inside, _limits
-    with _lock:
-        if not _inside:
-            import numpy as np  # noqa: F401  # whose library is to be there
-            from threadpoolctl import threadpool_limits
+@functools.cache
+def _libraries() -> Any:
+    import numpy as np  # noqa: F401  # whose library is to be there
+    from threadpoolctl import ThreadpoolController
 
-            _limits = threadpool_limits(1, user_api="blas")
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if not _inside:
-                _limits.restore_original_limits()
+    return ThreadpoolController().select(user_api="blas")
 
 
 @contextmanager

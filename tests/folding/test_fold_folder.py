@@ -227,7 +227,7 @@ def test_a_plan_needs_no_torch_and_writes_nothing(tmp_path: Path) -> None:
     told = json.loads(done.stdout)
     guess = told.pop("estimate")
     assert 0 < guess["seconds"] < 60
-    assert 10**8 < guess["memory"] < 10**9
+    assert 5 * 10**7 < guess["memory"] < 3 * 10**8
     assert told == {
         "dry_run": True,
         "base": str(folder),
@@ -277,10 +277,10 @@ def peak(tmp_path: Path, megabytes: int) -> int:
     layers = sparse_model(here / "base", megabytes)
     part = write_lora(here / "a", layers, rank=16, std=0.01)
     code = (  # what getrusage gives would be that of the process which started this one, if it is larger
-        "import sys, torch; torch.set_num_threads(2); from adapterhub_lite.cli import run; code = run(sys.argv[1:]);"
+        "import sys; from adapterhub_lite.cli import run; code = run(sys.argv[1:]);"
         "print(code, *(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
-    done = real("-c", code, "merge", part, "--into", here / "base", "-o", here / "out", "-q")
+    done = real("-c", code, "merge", part, "--into", here / "base", "-o", here / "out", "-q", OMP_NUM_THREADS="2")
     status, most = done.stdout.split()
     assert status == "0", done.stderr
     shutil.rmtree(here)
@@ -290,8 +290,8 @@ def peak(tmp_path: Path, megabytes: int) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     small, large = peak(tmp_path, 100), peak(tmp_path, 400)
-    assert large < 500e6
-    assert large - small < 50e6  # though the model has 300 MB more
+    assert large < 150e6
+    assert large - small < 20e6  # though the model has 300 MB more
 
 
 def test_a_sparse_model_is_folded_right(tmp_path: Path) -> None:

@@ -127,9 +127,10 @@ def test_in_many_blocks_as_in_one(case: str, tmp_path: Path, monkeypatch: pytest
     for dtype in (torch.float32, torch.bfloat16):
         folder = write_model(tmp_path / f"base{dtype}", {key: t.to(dtype) for key, t in base.items()})
         outs = []
-        for block in (1 << 18, 40, 1):
+        for block, strip in ((1 << 18, 1 << 18), (1 << 18, 40), (40, 7), (1, 1)):
             monkeypatch.setattr(blocks, "BLOCK", block)
-            out = tmp_path / f"out{dtype}{block}"
+            monkeypatch.setattr(blocks, "STRIP", strip)
+            out = tmp_path / f"out{dtype}{block}-{strip}"
             ah.fold(folder, ah.load(part), out)
             outs.append(tensors_of(out))
         for other in outs[1:]:
