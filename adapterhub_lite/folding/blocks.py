@@ -21,8 +21,9 @@ from .places import Layer, gives_delta, no_bias
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK = 1 << 20  # numbers of a weight in work at once: the random numbers of stochastic rounding depend on it too
-STRIP = 1 << 18  # of these, what is computed together: more, and it leaves the cache; less, and Python takes its time
+# Numbers of a weight that are read at once, and computed at once: of more, they leave the processor's cache; of fewer,
+# it is Python that takes the time. A method's own merge gets a strip. Random numbers of rounding depend on both, too.
+BLOCK, STRIP = 1 << 20, 1 << 18
 MEASURED = 1 << 15  # of a block, the first
 
 
@@ -108,7 +109,7 @@ class Change:
         if any(method.rows(p, 0, min(1, out), self.site) is None for _, method, p in self.merges):
             yield Span(0, whole, outputs)
             return
-        step = max(1, BLOCK // max(other, 1))
+        step = max(1, (STRIP if self.merges else BLOCK) // max(other, 1))
         yield from (Span(at, min(at + step, whole), outputs) for at in range(0, whole, step))
 
     def block(

@@ -142,6 +142,7 @@ def test_in_many_blocks_as_in_one(case: str, tmp_path: Path, monkeypatch: pytest
 def test_several_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """W + Σ wᵢ (Wᵢ − W) over a LoRA with a bias, a DoRA, an IA3 and a BitFit, at the layers that each has."""
     monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(blocks, "STRIP", block)
     cases, weights = ["lora with a bias", "dora", "ia3", "bitfit"], [0.7, -0.3, 0.5, 2.0]
     parts = [trained(case, tmp_path / case, seed=i) for i, case in enumerate(cases)]
     base = parts[0][1]
@@ -334,6 +335,7 @@ def methods():
 @pytest.mark.parametrize("by_inputs", [False, True])
 def test_a_method_without_rows(tmp_path: Path, by_inputs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 8)
+    monkeypatch.setattr(blocks, "STRIP", 8)
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "centred.py").write_text(CENTRED)
     out, into = 11, 6
@@ -409,6 +411,7 @@ def methods():
 @pytest.mark.parametrize("by_inputs", [False, True])
 def test_a_sparse_change(tmp_path: Path, by_inputs: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(blocks, "STRIP", block)
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "picked.py").write_text(SPARSE)
     out, into = 11, 6
@@ -435,6 +438,7 @@ def test_a_sparse_change(tmp_path: Path, by_inputs: bool, block: int, monkeypatc
 @pytest.mark.parametrize("rule", ["ties", "knots", "slerp"])
 def test_the_result_of_a_rule(tmp_path: Path, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 16)
+    monkeypatch.setattr(blocks, "STRIP", 16)
     layers = {"l.wide": (9, 14), "l.square": (8, 8)}
     a, b = (ah.load(write_lora(tmp_path / key, layers, seed=i)) for i, key in enumerate("ab"))
     folder = write_model(

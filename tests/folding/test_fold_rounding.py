@@ -158,6 +158,7 @@ def test_files_without_a_touched_tensor_are_the_bases(tmp_path: Path, dtype: tor
 def test_two_runs_are_one(tmp_path: Path, abc: list[Path], seed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the number of threads."""
     monkeypatch.setattr(blocks, "BLOCK", 64)
+    monkeypatch.setattr(blocks, "STRIP", 64)
     folder = base(tmp_path / "base", torch.bfloat16, 2)
     threads, found = torch.get_num_threads(), []
     try:

@@ -38,6 +38,7 @@ def with_head(folder: Path, seed: int = 5, dtype: torch.dtype = torch.float32) -
 @pytest.mark.parametrize("block", [1 << 18, 4])
 def test_a_head_is_put_in_place(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(blocks, "STRIP", block)
     part = with_head(tmp_path / "a")
     result = ah.fold(base(tmp_path / "base"), ah.load(part), tmp_path / "out")
     got, file = tensors_of(tmp_path / "out"), load_file(part / "adapter_model.safetensors")
@@ -113,6 +114,7 @@ def test_all_biases(tmp_path: Path) -> None:
 @pytest.mark.parametrize("indices", [[5, 0, 52], {"tokens": [52, 7], "positions": [3]}], ids=["list", "dict"])
 def test_token_rows(tmp_path: Path, indices: Any, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(blocks, "STRIP", block)
     more: dict[str, Any] = {"trainable_token_indices": indices, "target_modules": ["proj"]}
     peer = EMBEDDING if isinstance(indices, dict) else TOKENS
     part = write_adapter(tmp_path / "a", peer, rank=3, alpha=6, seed=1, **more)

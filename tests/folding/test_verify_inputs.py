@@ -151,6 +151,7 @@ def test_a_wrong_tensor(name: str, here: Path, adapter: Callable[..., Any]) -> N
 
 def test_all_blocks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 6)  # a row of net.q each
+    monkeypatch.setattr(blocks, "STRIP", 6)
     change(here, "net.q.weight", one_off)
     some = [s for s in range(20) if _passes(here, blocks=2, seed=s)]
     assert 0 < len(some) < 20  # 2 of 9 rows are seen
@@ -249,6 +250,7 @@ def test_methods_that_merge_themselves_and_change_biases(tmp_path: Path, monkeyp
     from torch import nn
 
     monkeypatch.setattr(blocks, "BLOCK", 16)
+    monkeypatch.setattr(blocks, "STRIP", 16)
     model = nn.Sequential()
     model.add_module("net", nn.Sequential())
     model.net.add_module("q", nn.Linear(6, 9))
