@@ -199,7 +199,10 @@ def test_interrupt_of_the_real_command(home: Path) -> None:
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)
-        if process.returncode:
+        if said[0]:  # it was done
+            assert said[0].startswith("wrote ")
+            assert (home / out / "adapter_model.safetensors").is_file()
+        else:
             assert (process.returncode, *said) == (130, "", "adapter: interrupted\n")
             assert not (home / out).parent.exists()
 

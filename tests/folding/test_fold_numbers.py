@@ -165,10 +165,10 @@ def test_as_many_threads_as_torch_would_use(asked: str) -> None:
 
 
 def in_process(code: str, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
-    path = ":".join(filter(None, sys.path))
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],
-        env={**os.environ, "PYTHONPATH": path, **env},
+        env={**inherited, "PYTHONPATH": ":".join(filter(None, sys.path)), **env},
         capture_output=True,
         text=True,
         timeout=300,
