@@ -75,9 +75,15 @@ def test_a_sum_to_the_nearest(name: str) -> None:
         assert same_bits(got, rounded(x.astype(np.float64) + plus, NAMES[name]))
 
 
-def test_float16_is_subnormal_below_its_smallest() -> None:
-    x = np.random.default_rng(0).uniform(-1e-4, 1e-4, (5000, 3))
-    assert same_bits(at(x, "F16")[0], rounded(x, torch.float16))
+@pytest.mark.parametrize("name", ["BF16", "F16"])
+def test_below_the_smallest_that_is_normal(name: str) -> None:
+    """There numbers are equally far apart, halves and a hair beside them included."""
+    step = torch.finfo(NAMES[name]).smallest_normal * torch.finfo(NAMES[name]).eps
+    n = np.random.default_rng(0).uniform(-100, 100, (5000, 3))
+    n = np.concatenate([n, np.round(n) + 0.5, np.round(n) + 0.5 + 2**-40, np.round(n) + 0.5 - 2**-40])
+    got, finite = at(n * step, name)
+    assert finite
+    assert torch.equal(got.double(), torch.from_numpy(np.rint(n) * step))
 
 
 @pytest.mark.parametrize("name", NAMES)
