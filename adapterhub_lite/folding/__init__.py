@@ -30,11 +30,12 @@ from .manifest import Folded as Folded
 from .planning import Plan as Plan
 from .planning import contradictions as contradictions
 from .planning import planned as planned
-from .shards import Done, Job, Shard, fold_shard, lay_out
+from .shards import Shard, lay_out
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..per_site import Weight
+    from .task import Done, Job
 
 MOST_THREADS = 8  # each has some 30 MB in work
 WRITING = 10.0  # seconds that a failed run waits for workers that cannot be called back
@@ -43,7 +44,7 @@ RESUME = "pass --resume (resume=True) to go on with what is done"
 
 Progress = Callable[[int, int], None]
 Rounded = Literal["nearest", "stochastic"]
-Finish = Callable[[Shard, Done], None]
+Finish = Callable[[Shard, "Done"], None]
 
 
 def fold(
@@ -178,6 +179,8 @@ class _Run:
 
     def _elsewhere(self, todo: Sequence[Shard], finish: Finish, executor: Executor) -> None:
         """On somebody's executor, a task a shard."""
+        from .task import fold_shard
+
         make = self._jobs(threads=1)
         running = {executor.submit(fold_shard, make(shard, local=False)): shard for shard in todo}
         try:
@@ -197,6 +200,7 @@ class _Run:
         from .bases import check_base
         from .blocks import Rounding
         from .kinds import settled_all, site_for
+        from .task import Job
 
         plan = self.plan
         sites = {name: site_for(layer, plan.sources) for name, layer in plan.layers.items()}
@@ -229,6 +233,8 @@ class _Run:
 
 
 def _when_laid_out(ready: Future[None], job: Job) -> Done:
+    from .task import fold_shard
+
     ready.result()
     return fold_shard(job)
 

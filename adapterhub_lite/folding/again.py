@@ -22,7 +22,8 @@ from .copying import read_at, reading
 from .kinds import settled_all, site_for
 from .numbers import Array, bits_of, bytes_of, stored
 from .places import Layer
-from .shards import Shard, Whole, pieces, read_part
+from .shards import Shard, Whole
+from .task import pieces, read_part
 
 if TYPE_CHECKING:
     from .planning import Plan

@@ -16,7 +16,7 @@ from small_fold import tree, write_all
 import adapterhub_lite as ah
 from adapterhub_lite import folding
 from adapterhub_lite.errors import AdapterError, FileError
-from adapterhub_lite.folding.shards import fold_shard
+from adapterhub_lite.folding.task import fold_shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
