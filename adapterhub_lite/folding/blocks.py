@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Numbers of a weight that are read at once, and computed at once: of more, they leave the processor's cache; of fewer,
 # it is Python that takes the time. A method's own merge gets a strip. Random numbers of rounding depend on both, too.
 BLOCK, STRIP = 1 << 20, 1 << 18
-MEASURED = 1 << 15  # of a block, the first
+MEASURED = 1 << 14  # of a block, the first
 
 
 class Span(NamedTuple):
