@@ -238,7 +238,7 @@ def test_interrupt_of_the_real_command(
     fold(-0.7)
     where = {
         "import": ("adapterhub_lite.folding", "_check_space"),
-        "compute": ("adapterhub_lite.folding", "fold_shard"),
+        "compute": ("adapterhub_lite.folding.task", "fold_shard"),
         "late": ("adapterhub_lite.folding.journal.Journal", "note"),
     }[moment]
     hooks = tmp_path_factory.mktemp("hooks")

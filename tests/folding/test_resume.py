@@ -15,6 +15,7 @@ from small_fold import PART, tree, write_all, write_lora
 import adapterhub_lite as ah
 from adapterhub_lite import folding
 from adapterhub_lite.errors import FileError
+from adapterhub_lite.folding import task
 from adapterhub_lite.folding.journal import Journal
 
 if TYPE_CHECKING:
@@ -35,13 +36,13 @@ def fold(weight: float = 0.7, other: str = "b", **options: Any) -> object:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the shards that were computed since."""
     names: list[str] = []
-    real = folding.fold_shard
+    real = task.fold_shard
 
     def counted(job: Any) -> Any:
         names.append(job.shard.name)
         return real(job)
 
-    monkeypatch.setattr(folding, "fold_shard", counted)
+    monkeypatch.setattr(task, "fold_shard", counted)
     return names
 
 
@@ -243,7 +244,7 @@ def test_what_would_fail_again_is_not_kept(left: Path, monkeypatch: pytest.Monke
     def refuses(job: Any) -> Any:
         raise ah.NotMergeable("no")
 
-    monkeypatch.setattr(folding, "fold_shard", refuses)
+    monkeypatch.setattr(task, "fold_shard", refuses)
     with pytest.raises(ah.NotMergeable, match=r"^no$"):
         fold(resume=True)
     assert not left.exists()
