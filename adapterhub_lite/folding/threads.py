@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -37,14 +38,20 @@ def _libraries() -> Any:
     return ThreadpoolController().select(user_api="blas")
 
 
+_torchs: int | None = None  # how many torch takes where one of our threads was the first to import it
+_first = threading.Lock()
+
+
 @contextmanager
 def torch_left_alone() -> Iterator[None]:
     """What our threads ask of torch is the process's default for new ones: afterwards, it is as before."""
-    threads = available()
+    before = available() if "torch" in sys.modules else None
     try:
         yield
     finally:
-        if (torch := sys.modules.get("torch")) is not None:
+        if threads := before or _torchs:
+            import torch
+
             torch.set_num_threads(threads)
 
 
@@ -52,4 +59,7 @@ def one() -> None:
     """Let the thread that calls compute alone in torch."""
     import torch
 
-    torch.set_num_threads(1)
+    global _torchs
+    with _first:
+        _torchs = _torchs or torch.get_num_threads()
+        torch.set_num_threads(1)

@@ -248,6 +248,22 @@ def test_torch_where_a_method_computes(tmp_path: Path) -> None:
     assert off_by(got["x.bias"], rounded(bias.numpy(), torch.float32)) == (0, 0)
 
 
+@pytest.mark.parametrize("asked", ["1", "2", ""])
+def test_torch_has_as_many_threads_as_without_us(tmp_path: Path, asked: str) -> None:
+    """Where nobody imported it before, and a method needed it."""
+    folder = write_model(tmp_path / "base", {f"{i}.weight": draw(5, 3, seed=i) for i in range(4)}, files=4)
+    more = {f"base_model.model.{i}.lora_magnitude_vector": draw(5, seed=9) for i in range(4)}
+    layers = {str(i): (5, 3) for i in range(4)}
+    part = write_lora(tmp_path / "a", layers, more=more, use_dora=True)
+    told = "import sys, torch, threading; seen = [torch.get_num_threads()];"
+    told += (
+        "t = threading.Thread(target=lambda: seen.append(torch.get_num_threads())); t.start(); t.join(); print(seen)"
+    )
+    fold = f"import adapterhub_lite as ah; ah.fold({str(folder)!r}, ah.load({str(part)!r}), {str(tmp_path / 'out')!r});"
+    without, within = in_process(told, MKL_NUM_THREADS=asked), in_process(fold + told, MKL_NUM_THREADS=asked)
+    assert within.stdout == without.stdout
+
+
 class Twice(LoRA):  # type: ignore[misc, valid-type]
     """Another delta, and the outline of LoRA, which knows nothing of it."""
 
