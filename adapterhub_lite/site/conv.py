@@ -41,10 +41,10 @@ class ConvSite(Site):
         return weight.flatten(1)
 
     def apply(self, delta: Delta, x: Tensor) -> Tensor:
+        import torch
         from torch import nn
-        from torch.nn import functional as F
 
-        conv = self._live()
+        F, conv = torch.nn.functional, self._live()
         assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         if not isinstance(delta, LowRank):
             return self._convolve(conv, x, self.fold(delta.dense()))

@@ -40,11 +40,10 @@ class EmbeddingSite(Site):
         return weight.mT
 
     def apply(self, delta: Delta, x: Tensor) -> Tensor:
-        from torch import nn
-        from torch.nn import functional as F
+        import torch
 
-        module = self._live()
-        assert isinstance(module, nn.Embedding)
+        F, module = torch.nn.functional, self._live()
+        assert isinstance(module, torch.nn.Embedding)
         if module.max_norm is not None:
             # max_norm rescales rows of W in place during the forward: no delta commutes with that.
             raise AdapterError("an embedding with max_norm changes its own weight", where=self.name, fix="exclude it")

@@ -39,16 +39,17 @@ class LinearSite(Site):
         return weight
 
     def apply(self, delta: Delta, x: Tensor) -> Tensor:
-        from torch.nn import functional as F
+        import torch
 
+        F = torch.nn.functional
         if isinstance(delta, LowRank):
             return delta.scale * F.linear(F.linear(x, delta.A), delta.B)  # (…, in) -> (…, r) -> (…, out)
         return F.linear(x, delta.dense())
 
     def add(self, delta: Delta, x: Tensor, y: Tensor) -> Tensor:
         import torch
-        from torch.nn import functional as F
 
+        F = torch.nn.functional
         if isinstance(delta, LowRank):
             B, A, scale = delta
             if x.dtype == y.dtype == B.dtype:  # one kernel for scaling and adding, and for the product with B too
