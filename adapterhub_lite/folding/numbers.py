@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ..checkpoint import ITEMSIZE, TensorInfo, check_finite, torch_dtype
+from ..checkpoint import ITEMSIZE, TensorInfo, check_finite, dtype_name, torch_dtype
 from ..checkpoint import is_finite as all_finite
 
 if TYPE_CHECKING:
@@ -135,18 +135,21 @@ def nearest(out: Array, dtype: str, x: Array, plus: Array | None = None, memory:
 
 def summed(x: Array, plus: Array | None, memory: Memory = fresh) -> Array:
     """The sum in float64."""
-    found = memory("float64", x.shape, np.float64)
-    np.copyto(found, x) if plus is None else np.add(x, plus, out=found, dtype=np.float64)
-    return found
+    return _rounded_sum(memory("float64", x.shape, np.float64), x, plus)
+
+
+def _rounded_sum(out: Array, x: Array, plus: Array | None) -> Array:
+    """Fill `out` with x, or the sum of both in float64, in its own type, as numpy rounds."""
+    if plus is None:
+        np.copyto(out, x, casting="same_kind")
+    else:
+        np.add(x, plus, out=out, dtype=np.float64, casting="same_kind")
+    return out
 
 
 def _bfloat16(out: Array, x: Array, plus: Array | None, memory: Memory) -> bool:
     """By way of float32: one of 65,000 is halfway between two bfloat16s then, and float64 tells on which side."""
-    by_way = memory("float32", x.shape, np.float32)
-    if plus is None:
-        np.copyto(by_way, x, casting="same_kind")
-    else:
-        np.add(x, plus, out=by_way, dtype=np.float64, casting="same_kind")
+    by_way = _rounded_sum(memory("float32", x.shape, np.float32), x, plus)
     bits = memory("bits", x.shape, np.uint32)
     np.left_shift(bits_of(by_way), 16, out=bits)  # those that a bfloat16 lacks
     halfway = np.flatnonzero(bits == _HALF << 16)
@@ -167,8 +170,7 @@ def of_tensor(tensor: Tensor) -> Array:
     import torch
 
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    dtype = {torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16}.get(tensor.dtype)
-    return flat.view(dtype or _WHOLE[tensor.dtype.itemsize]).reshape(tensor.shape)
+    return flat.view(stored_type(dtype_name(tensor.dtype))).reshape(tensor.shape)
 
 
 def _tensor(values: Array, dtype: str) -> Tensor:
