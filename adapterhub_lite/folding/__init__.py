@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..per_site import Weight
     from .task import Done, Job
 
-MOST_THREADS = 8  # each has some 30 MB in work
+MOST_THREADS = 8  # each has some 15 MB in work
 WRITING = 10.0  # seconds that a failed run waits for workers that cannot be called back
 LONGEST = 400  # characters of an error that is not ours
 RESUME = "pass --resume (resume=True) to go on with what is done"
@@ -159,23 +159,24 @@ class _Run:
         at_once = max(1, min(workers, len(todo)))
         ahead, pool = ThreadPoolExecutor(2), ThreadPoolExecutor(at_once)
         quiet = False  # an interrupt may leave this thread with a lock that another needs: nobody waits for it then
-        try:
-            laid = [ahead.submit(self._lay_out, shard) for shard in todo]  # by the system, while numpy is imported
-            with threads.torch_left_alone(), threads.one_each():
-                make = self._jobs(threads=max(1, -(-workers // at_once)))
-                running: dict[Future[Done], Shard] = {}
-                for shard, ready in zip(todo, laid, strict=True):  # one is done and noted while others are laid out
-                    running[pool.submit(_when_laid_out, ready, make(shard, local=True))] = shard
-                for future in as_completed(running):
-                    finish(running[future], future.result())
-            quiet = True
-        except Exception:
-            quiet = True
-            raise
-        finally:
-            self.stop.set()
-            for each in (ahead, pool):
-                each.shutdown(wait=quiet, cancel_futures=True)
+        with threads.torch_left_alone():  # until no thread of ours is left
+            try:
+                laid = [ahead.submit(self._lay_out, shard) for shard in todo]  # by the system, while numpy is imported
+                with threads.one_each():
+                    make = self._jobs(threads=max(1, -(-workers // at_once)))
+                    running: dict[Future[Done], Shard] = {}
+                    for shard, ready in zip(todo, laid, strict=True):  # one is done and noted while others are laid out
+                        running[pool.submit(_when_laid_out, ready, make(shard, local=True))] = shard
+                    for future in as_completed(running):
+                        finish(running[future], future.result())
+                quiet = True
+            except Exception:
+                quiet = True
+                raise
+            finally:
+                self.stop.set()
+                for each in (ahead, pool):
+                    each.shutdown(wait=quiet, cancel_futures=True)
 
     def _elsewhere(self, todo: Sequence[Shard], finish: Finish, executor: Executor) -> None:
         """On somebody's executor, a task a shard."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,6 +145,14 @@ def digests(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file in a folder and below."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def real(*args: object, **more: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, with this one's path, and as many threads as it likes."""
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    env = {**inherited, "PYTHONPATH": ":".join(filter(None, sys.path)), **more}
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
 def weighted(deltas: Sequence[np.ndarray[Any, Any]], weights: Sequence[float]) -> np.ndarray[Any, Any]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from fold_models import digests, draw, lora_delta, rounded, same_bits, tensors_of, write_lora, write_model
+from fold_models import digests, draw, lora_delta, real, rounded, same_bits, tensors_of, write_lora, write_model
 from safetensors.torch import save_file
 
 import adapterhub_lite as ah
@@ -204,13 +202,6 @@ def test_a_truncated_sum_is_folded(adapter: Command, tmp_path: Path) -> None:
     want = tensors_of(folder)["net.0.up.weight"].double() + delta.dense().double()
     got = tensors_of(tmp_path / "out")["net.0.up.weight"]
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-6)
-
-
-def real(*args: object, **more: Any) -> subprocess.CompletedProcess[str]:
-    """Python in a process of its own, with this one's path."""
-    env = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path)), **more}
-    command = [sys.executable, *map(str, args)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_a_plan_needs_no_torch_and_writes_nothing(tmp_path: Path) -> None:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from fold_models import draw, lora_delta, off_by, rounded, same_bits, tensors_of, weighted, write_lora, write_model
+from adapterhub_lite_plugins.methods.lora import LoRA
+from fold_models import (
+    draw,
+    lora_delta,
+    off_by,
+    real,
+    rounded,
+    same_bits,
+    tensors_of,
+    weighted,
+    write_lora,
+    write_model,
+)
 from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import adapterhub_lite as ah
 from adapterhub_lite import LowRank, Outline, Params
 from adapterhub_lite.checkpoint import Checkpoint
-from adapterhub_lite.folding import numbers, threads
+from adapterhub_lite.folding import numbers, task, threads
 from adapterhub_lite.source import factors_told
 
 if TYPE_CHECKING:
@@ -28,7 +39,6 @@ if TYPE_CHECKING:
     from adapterhub_lite import Site
 
 NAMES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-LoRA = type(ah.method("lora"))
 Array = np.ndarray[Any, Any]
 
 
@@ -171,14 +181,7 @@ def test_as_many_threads_as_torch_would_use(asked: str) -> None:
 
 
 def in_process(code: str, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
-        env={**inherited, "PYTHONPATH": ":".join(filter(None, sys.path)), **env},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = real("-c", code, *args, **env)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -264,15 +267,48 @@ def test_torch_has_as_many_threads_as_without_us(tmp_path: Path, asked: str) -> 
     assert within.stdout == without.stdout
 
 
-class Twice(LoRA):  # type: ignore[misc, valid-type]
+def test_a_run_that_fails_leaves_torch_alone_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file fails while another's layer is about to be computed."""
+    folder = write_model(tmp_path / "base", {f"{i}.weight": draw(5, 3, seed=i) for i in range(2)}, files=2)
+    more = {f"base_model.model.{i}.lora_magnitude_vector": draw(5, seed=9) for i in range(2)}
+    part = write_lora(tmp_path / "a", {str(i): (5, 3) for i in range(2)}, more=more, use_dora=True)
+    real_fold, real_one, begun = task.fold_shard, threads.one, threading.Event()
+
+    def fold_shard(job: task.Job) -> task.Done:
+        if job.shard.name != "model-00001-of-00002.safetensors":
+            return real_fold(job)
+        assert begun.wait(30)
+        raise ah.NotMergeable("no")
+
+    def one() -> None:
+        begun.set()
+        time.sleep(0.3)
+        real_one()
+
+    monkeypatch.setattr(task, "fold_shard", fold_shard)
+    monkeypatch.setattr(threads, "one", one)
+    before, seen = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ah.NotMergeable, match=r"^no$"):
+            ah.fold(folder, ah.load(part), tmp_path / "out")
+        time.sleep(0.5)  # what was still under way is over
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [2]
+
+
+class Twice(LoRA):
     """Another delta, and the outline of LoRA, which knows nothing of it."""
 
     def delta(self, p: Params, site: Site) -> LowRank:
-        low: LowRank = super().delta(p, site)
-        return low.scaled(2.0)
+        return super().delta(p, site).scaled(2.0)
 
 
-class Upside(LoRA):  # type: ignore[misc, valid-type]
+class Upside(LoRA):
     """Saves A in another order."""
 
     def unpack(self, saved: Params, site: Site) -> Mapping[str, torch.Tensor]:
@@ -283,7 +319,7 @@ class Said(Twice):
     """The same, and says so."""
 
     def outline(self, shapes: Mapping[str, tuple[int, ...]]) -> Outline:
-        outline: Outline = super().outline(shapes)
+        outline = super().outline(shapes)
         return outline._replace(scale=2 * outline.scale)
 
 
